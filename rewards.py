@@ -1,0 +1,405 @@
+"""Answer formats, grading, and the reward functions of every recipe. Standard library only.
+
+    >>> from rewards import is_correct, explain
+    >>> is_correct("<reasoning>\\n24 * 45\\n</reasoning>\\n<answer>\\n$1,080.\\n</answer>", "1080")
+    True
+    >>> explain("<answer>\\n70\\n</answer>", "72", "xml")["correctness_reward_func"]
+    (0.0, 'the answer is 70, the gold is 72')
+
+RL optimises what these functions say, their mistakes included. So: numbers are compared exactly,
+never as strings or floats; two answer blocks are a hedge and count as wrong; no regular expression
+here can backtrack; and every verdict can be asked for its reason (`explain`).
+
+It does not evaluate arithmetic, read numbers written as words, or grade anything but numbers.
+"""
+
+import re
+from dataclasses import dataclass
+from decimal import Context, Decimal
+
+
+# ---- Formats: what the model is told, what a solution looks like, and what is read back ----------
+@dataclass(frozen=True)
+class Format:
+    """One answer format. `tags`: reasoning open, reasoning close, answer open, answer close."""
+
+    tags: tuple[str, str, str, str]
+    system_prompt: str
+    own_lines: bool  # strict format wants every tag alone on its line
+
+    def render(self, reasoning: str, answer: str) -> str:
+        """Write a worked solution in this format (warm start, few-shot examples, tests)."""
+        r_open, r_close, a_open, a_close = self.tags
+        nl = "\n" if self.own_lines else ""
+        working = f"{r_open}{nl}{reasoning.strip()}{nl}{r_close}"
+        return f"{working}\n{a_open}{nl}{answer.strip()}{nl}{a_close}"
+
+
+FORMATS = {
+    "xml": Format(
+        tags=("<reasoning>", "</reasoning>", "<answer>", "</answer>"),
+        system_prompt=(
+            "Respond in the following format:\n"
+            "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"
+        ),
+        own_lines=True,
+    ),
+    "cookbook": Format(
+        tags=("<start_working_out>", "<end_working_out>", "<SOLUTION>", "</SOLUTION>"),
+        system_prompt=(
+            "You are given a problem. Think about the problem and provide your working out. "
+            "Place it between <start_working_out> and <end_working_out>. "
+            "Then, provide your solution between <SOLUTION> and </SOLUTION>."
+        ),
+        own_lines=False,
+    ),
+}
+SYSTEM_PROMPT = FORMATS["xml"].system_prompt
+
+
+# ---- Reading -------------------------------------------------------------------------------------
+def extract_xml_answer(text: str) -> str:
+    """The text of the last `<answer>` block, stripped; "" where there is none."""
+    _, opened, rest = text.rpartition("<answer>")
+    return rest.partition("</answer>")[0].strip() if opened else ""
+
+
+def extract_hash_answer(text: str) -> str | None:
+    """GSM8K's gold, the text after the last `####`; None where there is none.
+
+    >>> extract_hash_answer("48 / 2 = 24 #### 1,080")
+    '1,080'
+    """
+    _, mark, gold = text.rpartition("####")
+    return gold.strip() if mark else None
+
+
+# LaTeX and Markdown around a number carry no value; most become a space, so that what they held
+# apart stays apart: "7**2" is two numbers, not 72.
+_MARKUP = [
+    ("\u2212", "-"), ("\u00a0", " "), ("\u202f", " "), ("\u2007", " "), ("\\boxed{", " "),
+    ("\\text{", " "), ("\\mathrm{", " "), ("{,}", ","), ("\\$", "$"), ("\\%", "%"), ("\\,", " "),
+    ("\\(", " "), ("\\)", " "), ("\\[", " "), ("\\]", " "), ("}", " "), ("**", " "), ("`", " "),
+]  # fmt: skip
+_CURRENCY = "$€£¥₹¢"
+_NUMBER = re.compile(r"[0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]++")
+_PREFIX = re.compile(rf"\s*+([-+]?+)([{_CURRENCY}]?+)\s*+[{_CURRENCY}]?+([-+]?+)")
+_MAX_UNIT = 100  # characters; more than this after a number is prose, not a unit
+_UNIT = re.compile(rf"(?:[\s.%°()'{_CURRENCY}]|[A-Za-z]++[-,/]?+|/(?=[A-Za-z]))*+")
+# After a number these change or hedge its value: "5 thousand", "2 and a half", "72 or more", "5M".
+_NOT_A_UNIT = re.compile(
+    r"\b(?:(?:hundred|thousand|million|billion|trillion|dozen|third|fourth|fifth|sixth|seventh"
+    r"|eighth|ninth|tenth|hundredth|thousandth)s?|half|halves|and a|squared|cubed|or|plus|minus|not"
+    r"|k|bn|mn|(?-i:M|B))\b",
+    re.IGNORECASE,
+)
+
+
+def parse_number(text: str) -> Decimal | None:
+    """Read one number exactly, or None. Time is linear in the length of `text`.
+
+    Reads "1,080", "$72", "72 €", "-$5", "72.", "50%", "72 km/h", "**72**", "\\boxed{72}", "$72$",
+    U+2212, no-break spaces, and of an equation what follows the last "=". Does not evaluate
+    ("48+24"), join digits ("7 2"), choose among numbers ("72 or 73", "2 2/3"), or read scale words
+    ("5 thousand"), scientific notation, superscripts, infinities or NaN.
+
+    >>> parse_number("x = $1,080.50 per month"), parse_number("10,80")
+    (Decimal('1080.50'), None)
+    """
+    text = str(text)
+    for mark, plain in _MARKUP:
+        text = text.replace(mark, plain)
+    before, equals, value = text.rpartition("=")
+    if equals and before[-1:] in ("<", ">", "!", "~"):
+        return None  # a bound is not a value
+    number = _NUMBER.search(value)
+    if number is None or _NUMBER.search(value, number.end()):
+        return None
+    prefix = _PREFIX.fullmatch(value, 0, number.start())
+    if prefix is None or (prefix[1] and prefix[3]):
+        return None
+    unit = value[number.end() :]
+    if len(unit) > _MAX_UNIT or not _UNIT.fullmatch(unit) or _NOT_A_UNIT.search(unit):
+        return None
+    digits = number[0]
+    if "," in digits:
+        first, *groups = digits.partition(".")[0].split(",")
+        if not 1 <= len(first) <= 3 or any(len(group) != 3 for group in groups):
+            return None
+        digits = digits.replace(",", "")
+    return Decimal(("-" if "-" in (prefix[1], prefix[3]) else "") + digits)
+
+
+def answer_block(text: str, fmt: str = "xml") -> str | None:
+    """The text of the one closed answer block; None where there is none, or more than one."""
+    _, _, opening, closing = FORMATS[fmt].tags
+    if text.count(opening) != 1 or text.count(closing) != 1:
+        return None
+    _, _, rest = text.partition(opening)
+    inside, closed, _ = rest.partition(closing)
+    return inside.strip() if closed else None
+
+
+# Read backwards, so that the last number of a long text is found without reading all of it.
+_LAST_NUMBER = re.compile(r"[0-9]++(?:[,.][0-9]++)*+(?:\.(?![.\w]))?+\$?+-?+")
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number anywhere in `text`, as lm-evaluation-harness' flexible-extract reads it."""
+    found = re.search(_LAST_NUMBER, text.replace("\u2212", "-")[::-1])
+    return parse_number(found[0][::-1]) if found else None
+
+
+def is_correct(completion, gold: str, *, mode: str = "strict", fmt: str = "xml") -> bool:
+    """Whether a completion's answer equals the gold number, exactly.
+
+    strict: exactly one closed answer block, and its number is the gold's. flexible (for evaluation
+    only, never a reward): the answer block if there is exactly one, else the last number of the
+    text. `gold` may be a whole GSM8K solution ending in "#### n".
+    """
+    if mode not in ("strict", "flexible"):
+        raise ValueError(f"mode must be 'strict' or 'flexible', not {mode!r}")
+    text = completion_text(completion)
+    block = answer_block(text, fmt)
+    if block is not None:
+        number = parse_number(block)
+    else:
+        number = last_number(text) if mode == "flexible" else None
+    return number is not None and number == _gold_number(gold)
+
+
+def format_fault(text: str, fmt: str = "xml", strict: bool = True) -> str | None:
+    """The first reason why `text` breaks the format, or None if it follows it.
+
+    Both want one reasoning block, then one answer block, neither empty. strict also wants nothing
+    else in the completion, and every tag on its own line where the format says so.
+    """
+    spec = FORMATS[fmt]
+    for tag in spec.tags:
+        if (n := text.count(tag)) != 1:
+            return f"{tag} occurs {n} times, not once"
+    at = [text.index(tag) for tag in spec.tags]
+    if at != sorted(at):
+        return "the tags are out of order"
+    ends = [start + len(tag) for start, tag in zip(at, spec.tags)]
+    if not text[ends[0] : at[1]].strip():
+        return "the reasoning is empty"
+    if text[ends[1] : at[2]].strip():
+        return "there is text between the two blocks"
+    if not text[ends[2] : at[3]].strip():
+        return "the answer is empty"
+    if not strict:
+        return None
+    if text[: at[0]].strip() or text[ends[3] :].strip():
+        return "there is text outside the two blocks"
+    if spec.own_lines:
+        for start, end, tag in zip(at, ends, spec.tags):
+            line_start = text.rfind("\n", 0, start) + 1
+            line_end = text.find("\n", end)
+            if text[line_start : line_end if line_end >= 0 else None].strip() != tag:
+                return f"{tag} is not alone on its line"
+    return None
+
+
+def completion_text(completion) -> str:
+    """The text of a completion: a string, or a conversation's last assistant message."""
+    if isinstance(completion, str):
+        return completion
+    for message in reversed(completion):
+        if message.get("role", "assistant") == "assistant":
+            content = message.get("content") or ""
+            if isinstance(content, str):
+                return content
+            return "".join(part.get("text") or "" for part in content)
+    return ""
+
+
+def _gold_number(gold: str) -> Decimal | None:
+    return parse_number(str(gold).rpartition("####")[2])
+
+
+# ---- Judgements: (text, gold, fmt) -> (value, one plain sentence why) ----------------------------
+def _read_answer(text: str, fmt: str) -> tuple[Decimal | None, str | None]:
+    """The number in the one closed answer block, or the reason why there is none."""
+    block = answer_block(text, fmt)
+    if block is None:
+        n = text.count(FORMATS[fmt].tags[2])
+        fault = "there is no closed answer block" if n < 2 else f"{n} answer blocks are a hedge"
+        return None, fault
+    number = parse_number(block)
+    return number, f"the answer {block[:30]!r} is not one number" if number is None else None
+
+
+def _judge_correctness(text: str, gold: str, fmt: str) -> tuple[float, str]:
+    number, fault = _read_answer(text, fmt)
+    if fault:
+        return 0.0, fault
+    wanted = _gold_number(gold)
+    if number != wanted:
+        return 0.0, f"the answer is {_short(number)}, the gold is {_short(wanted)}"
+    return 1.0, f"the answer is {_short(number)}, as the gold"
+
+
+def _judge_integer(text: str, gold: str, fmt: str) -> tuple[float, str]:
+    number, fault = _read_answer(text, fmt)
+    if fault:
+        return 0.0, fault
+    if number != number.to_integral_value():
+        return 0.0, f"{_short(number)} is not an integer"
+    return 0.5, f"{_short(number)} is an integer"
+
+
+def _judge_strict_format(text: str, gold: str, fmt: str) -> tuple[float, str]:
+    fault = format_fault(text, fmt)
+    return (0.0, fault) if fault else (0.5, "the whole completion follows the format")
+
+
+def _judge_soft_format(text: str, gold: str, fmt: str) -> tuple[float, str]:
+    fault = format_fault(text, fmt, strict=False)
+    return (0.0, fault) if fault else (0.5, "both blocks are there, in order")
+
+
+def _judge_tag_count(text: str, gold: str, fmt: str) -> tuple[float, str]:
+    tags = FORMATS[fmt].tags
+    once = sum(text.count(tag) == 1 for tag in tags)
+    # What follows the last tag costs up to 0.1, less than one tag is worth: an ordinary
+    # implementation charges the whole text when the tag's newline is missing, -0.55 on a good one.
+    trailing = len(text.rpartition(tags[3])[2].strip()) if tags[3] in text else 0
+    value = max(0.0, 0.125 * once - min(0.1, 0.001 * trailing))
+    return value, f"{once} of 4 tags occur once, {trailing} characters follow the last"
+
+
+def _judge_exact_format(text: str, gold: str, fmt: str) -> tuple[float, str]:
+    value, why = _judge_strict_format(text, gold, fmt)
+    return 6 * value, why
+
+
+def _judge_approximate_format(text: str, gold: str, fmt: str) -> tuple[float, str]:
+    once = sum(text.count(tag) == 1 for tag in FORMATS[fmt].tags)
+    return 0.5 * once - 0.5 * (4 - once), f"{once} of 4 elements occur exactly once"
+
+
+_EXACT = Context(prec=60, Emin=-(10**9), Emax=10**9, traps=[])  # long digit strings must not raise
+
+
+def _judge_near_correctness(text: str, gold: str, fmt: str) -> tuple[float, str]:
+    number, fault = _read_answer(text, fmt)
+    if fault:
+        return -0.5, fault
+    wanted = _gold_number(gold)
+    if number == wanted:
+        return 3.0, f"the answer is {_short(number)}, as the gold"
+    why = f"the answer is {_short(number)}, the gold is {_short(wanted)}"
+    if not wanted:  # of zero there is no near
+        return -0.5, why
+    miss = _EXACT.divide(_EXACT.abs(_EXACT.subtract(number, wanted)), _EXACT.abs(wanted))
+    if miss <= Decimal("0.1"):
+        return 1.5, f"{why}: within 10 %"
+    if miss <= Decimal("0.2"):
+        return 0.5, f"{why}: within 20 %"
+    return -0.5, why
+
+
+def _judge_number_extraction(text: str, gold: str, fmt: str) -> tuple[float, str]:
+    _, _, opening, closing = FORMATS[fmt].tags
+    if (n := text.count(opening)) != 1:
+        return 0.0, f"{opening} occurs {n} times, not once"
+    number = parse_number(text.partition(opening)[2].partition(closing)[0])
+    if number is None or number != _gold_number(gold):
+        return 0.0, f"after {opening} stands {'no number' if number is None else _short(number)}"
+    return 1.5, f"after {opening} stands the gold, closed or not"
+
+
+def _short(number: Decimal | None) -> str:
+    text = str(number)
+    return text if len(text) <= 30 else f"{text[:27]}..."
+
+
+def _score(judge, completions, answer, fmt: str) -> list[float]:
+    if len(answer) != len(completions):
+        raise ValueError(
+            f"{len(completions)} completions but {len(answer)} answers: the data set needs an "
+            "'answer' column with one gold number a question"
+        )
+    pairs = zip(completions, answer)
+    return [judge(completion_text(completion), gold, fmt)[0] for completion, gold in pairs]
+
+
+def _score_without_gold(judge, completions, fmt: str) -> list[float]:
+    return [judge(completion_text(completion), "", fmt)[0] for completion in completions]
+
+
+# ---- Reward functions: (prompts, completions, answer, **kwargs) -> one float a completion --------
+# TRL plots `rewards/{function name}/mean`, so these names label curves. `completions` are strings
+# or conversations; `answer` holds one gold each; `fmt` is a key of FORMATS; the rest is ignored.
+def correctness_reward_func(prompts, completions, answer=(), fmt="xml", **kwargs) -> list[float]:
+    """1.0 where exactly one closed answer block holds exactly the gold number, else 0.0."""
+    return _score(_judge_correctness, completions, answer, fmt)
+
+
+def int_reward_func(prompts, completions, fmt="xml", **kwargs) -> list[float]:
+    """0.5 where the one answer block holds an integer, else 0.0."""
+    return _score_without_gold(_judge_integer, completions, fmt)
+
+
+def strict_format_reward_func(prompts, completions, fmt="xml", **kwargs) -> list[float]:
+    """0.5 where the whole completion is one reasoning block, then one answer block, else 0.0."""
+    return _score_without_gold(_judge_strict_format, completions, fmt)
+
+
+def soft_format_reward_func(prompts, completions, fmt="xml", **kwargs) -> list[float]:
+    """0.5 where both blocks are there in order, whatever the white space around, else 0.0."""
+    return _score_without_gold(_judge_soft_format, completions, fmt)
+
+
+def xmlcount_reward_func(prompts, completions, fmt="xml", **kwargs) -> list[float]:
+    """0.125 a tag that occurs exactly once, less up to 0.1 for text after the last one; 0.0–0.5."""
+    return _score_without_gold(_judge_tag_count, completions, fmt)
+
+
+def match_format_exactly(prompts, completions, fmt="cookbook", **kwargs) -> list[float]:
+    """3.0 where the whole completion follows the format, else 0.0."""
+    return _score_without_gold(_judge_exact_format, completions, fmt)
+
+
+def match_format_approximately(prompts, completions, fmt="cookbook", **kwargs) -> list[float]:
+    """+0.5 for each of the four elements that occurs exactly once, -0.5 for each other; -2 to 2."""
+    return _score_without_gold(_judge_approximate_format, completions, fmt)
+
+
+def check_answer_correctness(
+    prompts, completions, answer=(), fmt="cookbook", **kwargs
+) -> list[float]:
+    """3.0 exact, 1.5 within 10 %, 0.5 within 20 %, else -0.5.
+
+    The credit for a near miss is the cookbook recipe's own: there, a near miss in perfect format
+    (6.5) can earn more than a right answer without its reasoning block (4.5).
+    """
+    return _score(_judge_near_correctness, completions, answer, fmt)
+
+
+def check_numbers_extraction(
+    prompts, completions, answer=(), fmt="cookbook", **kwargs
+) -> list[float]:
+    """1.5 where the gold follows the one opening answer tag, closed or not, else 0.0."""
+    return _score(_judge_number_extraction, completions, answer, fmt)
+
+
+_JUDGES = {
+    correctness_reward_func: _judge_correctness,
+    int_reward_func: _judge_integer,
+    strict_format_reward_func: _judge_strict_format,
+    soft_format_reward_func: _judge_soft_format,
+    xmlcount_reward_func: _judge_tag_count,
+    match_format_exactly: _judge_exact_format,
+    match_format_approximately: _judge_approximate_format,
+    check_answer_correctness: _judge_near_correctness,
+    check_numbers_extraction: _judge_number_extraction,
+}
+REWARD_FUNCS = {func.__name__: func for func in _JUDGES}
+
+
+def explain(completion, gold: str, fmt: str = "xml") -> dict[str, tuple[float, str]]:
+    """Per reward function, its value for one completion and one plain sentence why."""
+    text = completion_text(completion)
+    return {func.__name__: judge(text, gold, fmt) for func, judge in _JUDGES.items()}
