@@ -1,0 +1,243 @@
+"""The questions: from the Hub, a file, reasoning-gym, or generated here; checked, with prompts.
+
+    >>> generate_questions(1, seed=1)[0]["answer"].splitlines()[-1]
+    '#### 8'
+
+A question is {"question", "answer" (the gold number), "solution" (worked, or None)}; with its
+conversation it is a row {..., "prompt", "tokens"}.
+"""
+
+import csv
+import json
+import random
+import re
+from pathlib import Path
+
+import rewards
+from models import build_prompt, hub_reachable, stop
+from options import GSM8K
+
+
+# ---- Questions -----------------------------------------------------------------------------------
+def load_questions(args) -> tuple[list[dict], list[dict]]:
+    """The training questions and the held-out ones."""
+    name = args.dataset
+    if (
+        name == GSM8K
+        and not args.dataset_named
+        and not hub_reachable()
+        and not hub_rows(args, "train")
+    ):
+        print(f"questions: generated word problems, since the Hub can't be reached for {GSM8K}")
+        args.dataset = name = "generated"
+    if name == "generated":
+        train = generate_questions(args.max_examples or 2000, args.seed)
+        test = generate_questions(1000, args.seed, "test")
+    elif name.startswith("reasoning-gym:"):
+        train, test = reasoning_gym_rows(name.partition(":")[2], args)
+    elif Path(name).suffix in (".jsonl", ".json", ".csv", ".parquet"):
+        train, test = read_rows(Path(name)), []
+    else:
+        train, test = hub_rows(args, "train"), hub_rows(args, "test")
+        if not train:
+            why = "check the spelling" if hub_reachable() else "the Hub can't be reached"
+            stop(
+                f"no data set {name} to be had: {why}; --dataset also takes a file, or `generated`"
+            )
+    if args.eval_dataset:
+        test = read_rows(Path(args.eval_dataset))
+    train, test = (to_questions(rows, args, name) for rows in (train, test))
+    if not test:  # never trained on
+        random.Random(args.seed).shuffle(train)
+        cut = max(1, len(train) // 10)
+        train, test = train[cut:], train[:cut]
+    return train[: args.max_examples], test
+
+
+def hub_rows(args, split: str) -> list[dict]:
+    """The rows of a Hub data set's split; none where it can't be had."""
+    hub_reachable()  # decides whether its libraries try the network
+    from datasets import load_dataset
+
+    config = args.dataset_config or ("main" if args.dataset == GSM8K else None)
+    try:
+        return list(load_dataset(args.dataset, config, split=split))
+    except Exception as problem:  # datasets raises many kinds for one thing: it isn't there
+        if "Config name is missing" in str(problem) or "BuilderConfig" in str(problem):
+            stop(f"{args.dataset} wants --dataset-config: {problem}")
+        return []
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a local file; stops where it is missing, empty or malformed, at which line."""
+    if not path.is_file():
+        stop(f"no file {path}")
+    rows, line_number = [], 0
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        elif path.suffix == ".csv":
+            rows = list(csv.DictReader(path.open(newline="", encoding="utf-8"), strict=True))
+        elif path.suffix == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                line_number += 1
+                if line.strip():
+                    rows.append(json.loads(line))
+    except (ValueError, csv.Error, OSError) as problem:
+        line = line_number or getattr(problem, "lineno", 0)
+        stop(f"{path}{f', line {line}' if line else ''} is malformed: {problem}")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        stop(f"{path} holds no rows: give one object a question")
+    return rows
+
+
+def reasoning_gym_rows(task: str, args) -> tuple[list[dict], list[dict]]:
+    try:
+        import reasoning_gym
+    except ImportError:
+        stop("reasoning-gym is not installed: pip install reasoning-gym (needs a C compiler)")
+    try:
+        n = args.max_examples or 2000
+        items = list(reasoning_gym.create_dataset(task, size=n + n // 10, seed=args.seed))
+    except ValueError as problem:
+        stop(f"reasoning-gym has no task {task!r}: {problem}")
+    rows = [
+        {args.question_column: item["question"],
+         args.answer_column: item["metadata"].get("answer_cot") or str(item["answer"])}
+        for item in items
+    ]  # fmt: skip
+    return rows[:n], rows[n:]
+
+
+def to_questions(rows: list[dict], args, name: str) -> list[dict]:
+    """Rows as questions; stops where a column is missing or a gold is no number."""
+    questions, bad = [], []
+    for row in rows:
+        for column in (args.question_column, args.answer_column):
+            if column not in row:
+                stop(f"{name} has no column {column!r}; it has {', '.join(map(str, row))}: "
+                     "name yours with --question-column and --answer-column")  # fmt: skip
+        answer = str(row[args.answer_column])
+        gold = rewards.extract_hash_answer(answer)
+        solution = answer.rpartition("####")[0].strip() if gold is not None else ""
+        gold = answer.strip() if gold is None else gold
+        if rewards.parse_number(gold) is None:
+            bad.append(gold)
+        solution = re.sub(r"<<[^<>]*>>", "", solution)  # GSM8K's calculator marks
+        questions.append(
+            {"question": str(row[args.question_column]).strip(), "answer": gold,
+             "solution": solution or None}
+        )  # fmt: skip
+    if bad:
+        stop(f"{len(bad)} of {len(rows)} answers of {name} are no numbers, the first is {bad[0]!r}")
+    return questions
+
+
+def add_prompts(questions, shots, args, tokenizer, label: str) -> list[dict]:
+    """Give each question its conversation, and drop those over --max-prompt-length, aloud."""
+    if not questions:
+        return []
+    rows = [q | {"prompt": build_prompt(q["question"], args.format, shots)} for q in questions]
+    texts = [
+        tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+        for row in rows
+    ]
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    kept = [row | {"tokens": n} for row, n in zip(rows, lengths) if n <= args.max_prompt_length]
+    limit = f"longer than --max-prompt-length {args.max_prompt_length}"
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} of {len(rows)} {label} questions dropped: {limit}")
+    if not kept:
+        stop(f"every {label} prompt is {limit}; the shortest has {min(lengths)} tokens")
+    return kept
+
+
+def rendered(question: dict, fmt: str) -> str:
+    return rewards.FORMATS[fmt].render(question["solution"], question["answer"])
+
+
+# ---- Generated questions -------------------------------------------------------------------------
+# (question, steps). A step is (left, operator, right); "_" is the result of the step before it.
+# Letters a-d are numbers drawn at random.
+TEMPLATES = [
+    ("{name} has {a} {thing}. {name} buys {b} more. How many {thing} does {name} have now?",
+     [("a", "+", "b")]),
+    ("{name} had {a} {thing} and gave {b} of them to {other}. How many {thing} are left?",
+     [("a", "-", "b")]),
+    ("There are {a} boxes with {b} {thing} in each box. How many {thing} are there in all?",
+     [("a", "*", "b")]),
+    ("{name} is {a} years old. {other} is {b} years older than {name}. How old is {other}?",
+     [("a", "+", "b")]),
+    ("A shop had {a} {thing} in the morning and sold {b} of them. How many are left?",
+     [("a", "-", "b")]),
+    ("One of the {thing} costs {a} dollars. How many dollars do {b} of the {thing} cost?",
+     [("a", "*", "b")]),
+    ("{name} found {a} {thing}, {other} found {b} {thing}, and then they lost {c} of them. "
+     "How many {thing} do they have?", [("a", "+", "b"), ("_", "-", "c")]),
+    ("{name} had {a} {thing}, got {b} more on Monday and {c} more on Tuesday. "
+     "How many {thing} does {name} have?", [("a", "+", "b"), ("_", "+", "c")]),
+    ("{name} packs {a} bags with {b} {thing} each and has {c} {thing} left over. "
+     "How many {thing} did {name} start with?", [("a", "*", "b"), ("_", "+", "c")]),
+    ("{name} buys {a} {thing} for {b} dollars each and pays {c} dollars for a bag. "
+     "How many dollars does {name} pay?", [("a", "*", "b"), ("_", "+", "c")]),
+    ("{name} had {a} {thing}, bought {b} more, gave {c} to {other} and found {d} more. "
+     "How many {thing} does {name} have?", [("a", "+", "b"), ("_", "-", "c"), ("_", "+", "d")]),
+    ("{name} reads {a} pages a day for {b} days, then {c} pages on Saturday and {d} on Sunday. "
+     "How many pages is that?", [("a", "*", "b"), ("_", "+", "c"), ("_", "+", "d")]),
+]  # fmt: skip
+HELD_OUT_TEMPLATES = [  # never trained on: a gain on these is not memory
+    ("A bus has {a} people on it. At the next stop {b} people get on. How many people ride now?",
+     [("a", "+", "b")]),
+    ("A baker made {a} {thing}. Customers took {b} of them. How many {thing} remain?",
+     [("a", "-", "b")]),
+    ("{name} plants {a} rows of {b} trees. Then {c} more trees are planted. "
+     "How many trees are there?", [("a", "*", "b"), ("_", "+", "c")]),
+]  # fmt: skip
+NAMES = {
+    "train": ["Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry"],
+    "test": ["Olivia", "Peter", "Rosa", "Simon", "Tara", "Victor"],
+}
+THINGS = {
+    "train": ["apples", "marbles", "books", "pencils", "cookies", "stamps", "shells"],
+    "test": ["oranges", "coins", "cards", "buttons", "muffins"],
+}
+_CALCULATE = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+
+
+def generate_questions(n: int, seed: int = 0, split: str = "train") -> list[dict[str, str]]:
+    """Draw n different questions, each {"question", "answer"}; the answer ends in "#### gold".
+
+    The splits share no name, no thing and no combination of numbers, and every third "test"
+    question comes from a template that is never trained on.
+    """
+    rng, questions = random.Random(f"{split}-{seed}"), {}
+    for _ in range(100 * n):
+        held_out = split == "test" and len(questions) % 3 == 2
+        question, steps = rng.choice(HELD_OUT_TEMPLATES if held_out else TEMPLATES)
+        times = steps[0][1] == "*"
+        numbers = {letter: rng.randint(2, 9 if times else 20) for letter in "abcd"}
+        if steps[0][1] == "-":
+            numbers["a"] += numbers["b"]
+        if (sum(numbers.values()) % 5 == 0) != (split == "test"):
+            continue  # the sum of the numbers decides which split may use them
+        name, other = rng.sample(NAMES[split], 2)
+        question = question.format(
+            name=name, other=other, thing=rng.choice(THINGS[split]), **numbers
+        )
+        lines, result = [], 0
+        for left, operator, right in steps:
+            left = result if left == "_" else numbers[left]
+            result = _CALCULATE[operator](left, numbers[right])
+            lines.append(f"{left} {operator} {numbers[right]} = {result}")
+        if result >= 0:
+            questions[question] = {
+                "question": question,
+                "answer": "\n".join([*lines, f"#### {result}"]),
+            }
+        if len(questions) == n:
+            return list(questions.values())
+    raise ValueError(f"the templates do not yield {n} different questions")

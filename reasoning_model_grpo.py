@@ -1,0 +1,482 @@
+"""Teach a small chat model to reason with GRPO (DeepSeekMath, arXiv:2402.03300): a LoRA adapter.
+
+    python reasoning_model_grpo.py                            # what fits this machine
+    python reasoning_model_grpo.py --model Qwen/Qwen2.5-3B-Instruct
+    python reasoning_model_grpo.py --recipe cookbook --max-steps 100 --dry-run
+    python reasoning_model_grpo.py --evaluate-only --adapter outputs/smollm2-135m/grpo_saved_lora
+    accelerate launch --num_processes 2 reasoning_model_grpo.py --recipe qwen-0.5b-fp32
+
+In a notebook cell, with the other files beside it: main(["--max-steps", "20"]).
+
+Questions -> model -> evaluation -> warm start -> GRPO -> evaluation -> adapter, table, pictures.
+TRL's GRPOTrainer does the training; what it can do beyond these options goes through --set.
+"""
+
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import rewards
+from models import (
+    choose_dtype, complete, find_model, has_gpu, is_main_process, load_adapter, load_model,
+    load_tokenizer, peak_memory_gb, quiet_libraries, read_adapter, stop,
+)
+from options import (
+    FREE_ON_RESUME, completions_a_step, did_you_mean, parse_options, record,
+)
+from questions import add_prompts, load_questions, rendered
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+STAGES = {"before": "before", "warm_start": "after warm start", "after": "after GRPO"}
+WARM_START_BATCH = 8  # worked solutions a supervised step
+
+
+# ---- Rewards -------------------------------------------------------------------------------------
+class CheckedReward:
+    """A reward function that is checked at every call; the journal keeps its batch and values."""
+
+    def __init__(self, func, label: str, fmt: str, journal: dict):
+        self.func, self.label, self.journal = func, label, journal
+        self.__name__ = getattr(func, "__name__", label)  # TRL plots rewards/{__name__}
+        self.extra = {"fmt": fmt} if "fmt" in inspect.signature(func).parameters else {}
+
+    def __call__(self, prompts, completions, **columns) -> list[float]:
+        values = self.func(prompts=prompts, completions=completions, **columns, **self.extra)
+        n = len(values) if isinstance(values, (list, tuple)) else 0
+        if n != len(completions):
+            stop(f"reward {self.label} returned {n} values for {len(completions)} completions")
+        for value in values:
+            if value is not None and (isinstance(value, str) or not hasattr(value, "__float__")):
+                stop(f"reward {self.label} returned {value!r}, which is no number")
+        self.journal["values"][self.__name__] = [None if v is None else float(v) for v in values]
+        texts = map(rewards.completion_text, completions)
+        self.journal["batch"] = list(zip(columns["question"], columns["answer"], texts))
+        self.journal["ids"] = columns.get("completion_ids", [])
+        return self.journal["values"][self.__name__]
+
+
+def load_rewards(args, journal: dict) -> list[CheckedReward]:
+    """The functions that --reward-funcs names, of rewards.py or as FILE.py:function."""
+    return [CheckedReward(find_reward(n), n, args.format, journal) for n in args.reward_funcs]
+
+
+def find_reward(name: str):
+    if name in rewards.REWARD_FUNCS:
+        return rewards.REWARD_FUNCS[name]
+    file, colon, function = name.rpartition(":")
+    if not colon:
+        stop(f"no reward {name}{did_you_mean(name, rewards.REWARD_FUNCS)}; there are "
+             f"{', '.join(rewards.REWARD_FUNCS)}, or write FILE.py:function")
+    if not Path(file).is_file():
+        stop(f"reward {name}: no file {file}; write FILE.py:function")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as problem:  # the user's file may fail in any way
+        stop(f"reward {name}: {file} fails with {type(problem).__name__}: {problem}")
+    if not callable(getattr(module, function, None)):
+        stop(f"reward {name}: {file} has no function {function}")
+    return getattr(module, function)
+
+
+# ---- The plan ------------------------------------------------------------------------------------
+def prepare(args) -> dict:
+    """All that can be wrong, looked at before any weight is loaded; what the run works on."""
+    from transformers import AutoConfig
+
+    journal = {"values": {}}
+    run = {"journal": journal, "reward_funcs": load_rewards(args, journal), "stages": {}}
+    run["load_from"], run["base"] = find_model(args.model, args.model_named)
+    config = AutoConfig.from_pretrained(run["load_from"])
+    context = getattr(config, "max_position_embeddings", None)
+    if context and args.max_prompt_length + args.max_completion_length > context:
+        stop(f"--max-prompt-length {args.max_prompt_length} + --max-completion-length "
+             f"{args.max_completion_length} exceed the model's context of {context} tokens")
+    run["parameters"] = count_parameters(config)
+    run["dtype"] = choose_dtype(args.dtype)
+    run["config"] = grpo_config(args, run["dtype"], "unused")
+    run["tokenizer"] = load_tokenizer(run["load_from"], args.chat_template)
+    train, test = load_questions(args)
+    shots = [question for question in train if question["solution"]][: args.few_shot]
+    if len(shots) < args.few_shot:
+        stop(f"--few-shot {args.few_shot}, but {len(shots)} questions have a worked solution")
+    train = [question for question in train if question not in shots]
+    test = test if args.eval_questions == "all" else test[: args.eval_questions]
+    run["shots"] = [(shot["question"], rendered(shot, args.format)) for shot in shots]
+    run["train"] = add_prompts(train, run["shots"], args, run["tokenizer"], "training")
+    run["test"] = add_prompts(test, run["shots"], args, run["tokenizer"], "held-out")
+    run["validation"] = []
+    if args.eval_steps:  # the best adapter is not chosen on the questions whose figures we report
+        cut = max(1, min(64, len(run["train"]) // 10))
+        run["train"], run["validation"] = run["train"][:-cut], run["train"][-cut:]
+    if args.warm_start and not any(row["solution"] for row in run["train"]):
+        print("no warm start: these questions come without worked solutions")
+        args.warm_start = 0
+    return run
+
+
+def count_parameters(config) -> int:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def grpo_config(args, dtype: str, output_dir: str):
+    """TRL's GRPOConfig: the options, then our own defaults, which --set may change."""
+    import dataclasses
+
+    import yaml
+    from trl import GRPOConfig
+
+    cpu = not has_gpu()
+    ours = {
+        "output_dir": output_dir, "max_steps": args.max_steps, "learning_rate": args.learning_rate,
+        "per_device_train_batch_size": args.batch_size, "loss_type": args.loss_type,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps, "beta": args.beta,
+        "num_generations": args.num_generations, "temperature": args.temperature,
+        "max_completion_length": args.max_completion_length, "seed": args.seed,
+        "reward_weights": args.reward_weights, "save_steps": args.save_steps,
+        "report_to": args.report_to, "project": args.project_name, "use_cpu": cpu,
+        "run_name": Path(output_dir).name, "bf16": dtype == "bfloat16", "fp16": dtype == "float16",
+    }
+    fields = {
+        "logging_steps": 1, "disable_tqdm": True, "save_total_limit": 2, "warmup_steps": 2,
+        "lr_scheduler_type": "constant_with_warmup", "max_grad_norm": 1.0,
+        "gradient_checkpointing": not cpu,  # a CPU has the memory and lacks the time
+    } | ours
+    known = {field.name for field in dataclasses.fields(GRPOConfig)}
+    for pair in args.set:
+        name, equals, value = pair.partition("=")
+        if name not in known:
+            stop(f"--set {name}: GRPOConfig has no such field{did_you_mean(name, known)}")
+        if not equals or name in ours:
+            stop(f"--set {pair}: {'it has an option of its own' if equals else 'write NAME=VALUE'}")
+        fields[name] = yaml.safe_load(value)
+    try:
+        return GRPOConfig(**fields)
+    except (ValueError, TypeError) as problem:
+        stop(f"GRPOConfig refuses these options: {problem}")
+
+
+def versions() -> dict:
+    return {package: importlib.metadata.version(package) for package in PACKAGES}
+
+
+def show_plan(args, run: dict, run_dir: Path) -> None:
+    import torch
+
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if has_gpu() else cpu
+    a_step, train = completions_a_step(args), run["train"]
+    prompt = sum(row["tokens"] for row in train) / len(train)
+    trained = "all weights" if args.full_finetune else f"LoRA rank {args.lora_rank}"
+    warm = f", after {args.warm_start} supervised ones" if args.warm_start else ""
+    lines = {
+        "recipe": args.recipe,
+        "model": f"{run['base']}, {run['parameters'] / 1e6:.0f} M parameters, {run['dtype']}"
+                 f"{', 4-bit' if args.load_in_4bit else ''}, {trained}",
+        "device": f"{device}; backend: transformers + PEFT + TRL, which runs everywhere",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "questions": f"{args.dataset}: {len(train)} to train on, {len(run['test'])} held out",
+        "steps": f"{args.max_steps} x {a_step // args.num_generations} questions x "
+                 f"{args.num_generations} completions{warm}",
+        "tokens": f"about {prompt:.0f} a prompt, at most {args.max_completion_length} a completion "
+                  f"and {args.max_steps * a_step * args.max_completion_length:,} in all",
+        "rewards": " + ".join(f"{w:g} {n}" for n, w in zip(args.reward_funcs, args.reward_weights)),
+        "output": str(run_dir),
+        "time": estimate(args, run, prompt),
+    }
+    print("\n".join(f"{name + ':':<11}{text}" for name, text in lines.items()), flush=True)
+
+
+def estimate(args, run: dict, prompt: float) -> str:
+    """Rough minutes of the run on a CPU, from a short measurement of its matrix products."""
+    import torch
+
+    if has_gpu():
+        return "the progress line says after the first step"
+    a = torch.randn(512, 2048, dtype=getattr(torch, run["dtype"]))
+    b = torch.randn(2048, 2048, dtype=a.dtype)
+    a @ b
+    begun = time.perf_counter()
+    for _ in range(10):
+        a @ b
+    speed = 10 * 2 * 512 * 2048 * 2048 / (time.perf_counter() - begun)
+    # 2 operations a weight and token forward; decoding token by token, and training with its
+    # element-wise parts, reach about a sixth and a third of the speed of large products.
+    length = min(args.max_completion_length, 100) * 0.6
+    decoded, trained = 2 * prompt + 12 * length, 18 * (prompt + length)
+    work = args.max_steps * completions_a_step(args) * (decoded + trained)
+    work += args.warm_start * WARM_START_BATCH * trained
+    work += (3 if args.warm_start else 2) * len(run["test"]) * decoded
+    return f"about {work * run['parameters'] / speed / 60:.0f} minutes on this machine"
+
+
+# ---- The run's directory -------------------------------------------------------------------------
+def choose_run_dir(args) -> Path:
+    """A fresh directory; with --resume the newest of that name that holds a checkpoint."""
+    wanted = Path(args.output_dir or f"outputs/{args.recipe}")
+    if args.resume:
+        runs = [wanted] if args.output_dir else list(wanted.parent.glob(f"{wanted.name}*"))
+        runs = [run for run in runs if any(run.glob("checkpoint-*"))]
+        return max(runs, key=lambda run: run.stat().st_mtime) if runs else stop(
+            f"no checkpoint in {wanted}; start without --resume")
+    number, path = 1, wanted
+    while path.is_dir() and any(path.iterdir()):
+        number += 1
+        path = wanted.with_name(f"{wanted.name}-{number}")
+    return path
+
+
+def make_run_dir(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / ".writable").touch()
+        (run_dir / ".writable").unlink(missing_ok=True)
+    except OSError as problem:
+        stop(f"--output-dir {run_dir} can't be written ({problem.strerror}); name another")
+
+
+def newest_checkpoint(args, run_dir: Path) -> Path:
+    """Where --resume goes on; stops if an option that matters differs from then."""
+    before, now = json.loads((run_dir / "args.json").read_text())["options"], record(args)
+    differ = [name for name in now if name not in FREE_ON_RESUME and now[name] != before.get(name)]
+    if differ:
+        changes = ", ".join(f"{name} was {before.get(name)}, now {now[name]}" for name in differ)
+        stop(f"--resume of {run_dir} with other options: {changes}")
+    return max(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+
+
+def write_record(args, run: dict, directory: Path) -> None:
+    """args.json: what reproduces the run, and what infer.py needs to prompt alike."""
+    git = ["git", "-C", str(Path(rewards.__file__).parent), "rev-parse", "HEAD"]
+    with suppress(OSError):
+        run["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    content = {
+        "recipe": args.recipe, "seed": args.seed, "base_model": run["base"], "dtype": run["dtype"],
+        "format": args.format, "shots": run["shots"], "chat_template": args.chat_template,
+        "max_completion_length": args.max_completion_length, "options": record(args),
+        "versions": {"python": sys.version.split()[0]} | versions(), "git": run.get("git"),
+    }
+    (directory / "args.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+# ---- Training ------------------------------------------------------------------------------------
+def load_policy(args, run: dict):
+    """The model to train: the base with a fresh LoRA adapter, or all of its weights."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import set_seed
+
+    set_seed(args.seed)  # before the adapter is made: its A matrices are random
+    model = load_model(run["load_from"], run["dtype"], args.load_in_4bit, args.attn_implementation)
+    if args.full_finetune:
+        return model
+    if args.load_in_4bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    lora = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
+                      target_modules=args.lora_targets, task_type="CAUSAL_LM")
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as problem:
+        stop(f"--lora-targets {' '.join(args.lora_targets)}: {problem}")
+
+
+def measure(stage: str, args, run: dict, model, run_dir: Path) -> None:
+    """Evaluate on the held-out questions into evaluation_STAGE.jsonl, or read what is there."""
+    from evaluate import evaluate
+    from report import read_jsonl
+
+    path = run_dir / f"evaluation_{stage}.jsonl"
+    if not run["test"] or not is_main_process():
+        return
+    if not path.is_file():
+        evaluate(model, run["tokenizer"], run["test"], args.format, path=path,
+                 max_tokens=args.max_completion_length, label=f"evaluating {STAGES[stage]}")
+    run["stages"][STAGES[stage]] = read_jsonl(path)
+
+
+def warm_start(args, run: dict, model, run_dir: Path) -> None:
+    """Supervised steps on worked solutions in the recipe's format, on the same adapter."""
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [row for row in run["train"] if row["solution"]][: args.warm_start * WARM_START_BATCH]
+    examples = [{"prompt": row["prompt"], "completion": [
+        {"role": "assistant", "content": rendered(row, args.format)}]} for row in rows]
+    same = ("use_cpu", "bf16", "fp16", "gradient_checkpointing", "seed", "warmup_steps",
+            "lr_scheduler_type", "max_grad_norm")
+    config = SFTConfig(
+        output_dir=str(run_dir), max_steps=args.warm_start, max_length=None, save_strategy="no",
+        per_device_train_batch_size=WARM_START_BATCH, learning_rate=args.warm_start_learning_rate,
+        report_to="none", logging_strategy="no", disable_tqdm=False,
+        **{name: getattr(run["config"], name) for name in same})
+    print(f"warm start: {args.warm_start} supervised steps", flush=True)
+    trainer = SFTTrainer(model=model, args=config, processing_class=run["tokenizer"],
+                         train_dataset=Dataset.from_list(examples))
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+def sample_before_training(args, run: dict, model) -> None:
+    """Look at a few rollouts first: where no reward differs, GRPO has nothing to learn from."""
+    from report import show_samples
+
+    rows = [row for row in run["train"][:2] for _ in range(8)]
+    prompts = [row["prompt"] for row in rows]
+    completions = complete(model, run["tokenizer"], prompts, temperature=args.temperature,
+                           max_tokens=args.max_completion_length)
+    columns = {name: [row[name] for row in rows] for name in ("question", "answer")}
+    texts = [[{"role": "assistant", "content": completion.text}] for completion in completions]
+    values = {func.__name__: func(prompts, texts, **columns) for func in run["reward_funcs"]}
+    if is_main_process():
+        show_samples(rows, completions, values, args.reward_weights, args.format)
+    if all(len(set(column)) == 1 for column in values.values()):
+        advice = (f"no reward differs among {len(rows)} rollouts, so there is nothing to learn: "
+                  "try --warm-start 12, --few-shot 2, another --format or easier questions")
+        stop(advice) if args.strict_start else print(f"watch: {advice}", flush=True)
+
+
+def train(args, run: dict, model, run_dir: Path, checkpoint: Path | None):
+    """GRPO. Returns the RunWatch that saw it."""
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl import GRPOTrainer
+
+    from evaluate import validate
+    from report import RunWatch
+
+    score = lambda: validate(model, run["tokenizer"], run["validation"], args)  # noqa: E731
+    watch = RunWatch(run_dir, run["journal"], score, args.eval_steps)
+    rows = [{c: row[c] for c in ("prompt", "question", "answer")} for row in run["train"]]
+    trainer = GRPOTrainer(
+        model=model, args=grpo_config(args, run["dtype"], str(run_dir)), callbacks=[watch],
+        reward_funcs=run["reward_funcs"], processing_class=run["tokenizer"],
+        train_dataset=Dataset.from_list(rows))
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return watch
+
+
+def save(args, run: dict, model, run_dir: Path) -> Path:
+    """The adapter (or the whole model), its tokenizer and args.json, ready for infer.py."""
+    directory = run_dir / ("final_model" if args.full_finetune else "grpo_saved_lora")
+    if args.full_finetune:
+        model.save_pretrained(str(directory))
+    else:
+        if not any(p.any() for name, p in model.named_parameters() if "lora_B" in name):
+            stop("the adapter changes nothing: no reward ever differed, so nothing was learnt; "
+                 "see completions.html, and try --warm-start 12 or easier questions")
+        model.peft_config["default"].base_model_name_or_path = run["base"]
+        model.save_pretrained(str(directory), save_embedding_layers=False)
+    run["tokenizer"].save_pretrained(str(directory))
+    write_record(args, run, directory)
+    return directory
+
+
+# ---- The end -------------------------------------------------------------------------------------
+def finish(args, run: dict, model, run_dir: Path, watch) -> None:
+    """Save, draw, and say what came of it and what to type next."""
+    from evaluate import report
+    from report import draw, show_one_question, write_html
+
+    draw(run_dir, run["stages"])
+    write_html(run_dir, args.format)
+    directory = save(args, run, model, run_dir)
+    if len(run["stages"]) > 1:
+        report(run["stages"], run_dir / "evaluation.json")
+        show_one_question(*list(run["stages"].values())[:: len(run["stages"]) - 1])
+    print("\n".join(watch.summary()))
+    minutes = (time.time() - run["begun"]) / 60
+    print(f"{minutes:.1f} minutes, peak memory {peak_memory_gb():.1f} GB. In {run_dir}: "
+          f"{directory.name}/, progress.png, completions.html, metrics.jsonl, evaluation files")
+    if watch.interrupted:
+        print(f"go on with: python {' '.join(sys.argv)} --resume --output-dir {run_dir}")
+    question = (run["test"] or run["train"])[0]["question"].replace('"', "'")
+    flag = "--model" if args.full_finetune else "--adapter"
+    print(f'ask it:     python infer.py {flag} {directory} "{question}"')
+
+
+def evaluate_only(args) -> None:
+    """Measure a base model, an adapter or a merged model, with the prompt it was trained with."""
+    from evaluate import evaluate, report
+
+    adapter = read_adapter(args.adapter) if args.adapter else {}
+    trained = adapter.get("run", {})
+    base = trained.get("base_model") or adapter.get("base_model_name_or_path") or args.model
+    load_from, name = find_model(args.model if args.model_named else base, bool(args.adapter))
+    args.format = trained.get("format", args.format)
+    tokenizer = load_tokenizer(load_from, trained.get("chat_template", args.chat_template))
+    _, test = load_questions(args)
+    test = test if args.eval_questions == "all" else test[: args.eval_questions]
+    rows = add_prompts(test, trained.get("shots", []), args, tokenizer, "held-out")
+    run_dir = choose_run_dir(args)
+    make_run_dir(run_dir)
+    dtype = choose_dtype(args.dtype)
+    model = load_model(load_from, dtype, args.load_in_4bit, args.attn_implementation)
+    model = load_adapter(model, args.adapter) if args.adapter else model
+    results = evaluate(model, tokenizer, rows, args.format, max_tokens=args.max_completion_length,
+                       path=run_dir / "evaluation.jsonl", samples=args.samples, label=name,
+                       temperature=args.temperature if args.samples > 1 else 0.0)
+    report({str(args.adapter or name): results}, run_dir / "evaluation.json")
+    print(f"in {run_dir}: evaluation.json and evaluation.jsonl")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_options(argv, __doc__)
+    quiet_libraries()
+    if args.evaluate_only:
+        return evaluate_only(args)
+    begun, run_dir = time.time(), choose_run_dir(args)
+    with one_process_first():
+        run = prepare(args) | {"begun": begun}
+    checkpoint = newest_checkpoint(args, run_dir) if args.resume else None
+    show_plan(args, run, run_dir)
+    if args.dry_run:
+        return show_prompt(run)
+    make_run_dir(run_dir)
+    write_record(args, run, run_dir)
+    model = load_policy(args, run)
+    measure("before", args, run, model, run_dir)
+    if args.warm_start and not checkpoint:
+        warm_start(args, run, model, run_dir)
+        measure("warm_start", args, run, model, run_dir)
+    if not checkpoint:
+        sample_before_training(args, run, model)
+    watch = train(args, run, model, run_dir, checkpoint)
+    if is_main_process():
+        if not watch.interrupted:
+            measure("after", args, run, model, run_dir)
+        finish(args, run, model, run_dir, watch)
+
+
+def one_process_first():
+    """Under `accelerate launch`, the first process downloads and the others find it done."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not has_gpu()).main_process_first()
+
+
+def show_prompt(run: dict) -> None:
+    row = run["train"][0]
+    text = run["tokenizer"].apply_chat_template(row["prompt"], tokenize=False,
+                                                add_generation_prompt=True)
+    print(f"\nthe first prompt, {row['tokens']} tokens:\n{text}\n[gold: {row['answer']}]")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        os.write(2, b"\nstopped; nothing was saved since the last line above\n")
+        raise SystemExit(130) from None
