@@ -80,25 +80,18 @@ def question_of(line: str, number: int, path: Path) -> str:
         stop(f"{path}, line {number}: no JSON object with a question")
 
 
-def load(args):
-    """(model, tokenizer, the options it was trained with), and one line that says which it is."""
+def choose_model(args) -> tuple[str, Path | None, dict, str]:
+    """(what to load, adapter, the options it was trained with, its name)."""
     adapter = None if args.model and not args.adapter else args.adapter or newest_adapter()
-    record = read_adapter(adapter) if adapter else {"run": read_run(args.model)}
-    run = record["run"]
-    base = run.get("base_model") or record.get("base_model_name_or_path")
-    if adapter and args.model and args.model != base:
+    if adapter is None:
+        load_from, name = find_model(args.model)
+        return load_from, None, read_run(args.model), f"model {name}"
+    record = read_adapter(adapter)
+    base = record["run"].get("base_model") or record.get("base_model_name_or_path")
+    if args.model and args.model != base:
         stop(f"{adapter} was trained on {base}, not on {args.model}; leave out --model")
-    load_from, name = find_model(base if adapter else args.model)
-    tokenizer = load_tokenizer(load_from, run.get("chat_template", "own"))
-    model = load_model(load_from, choose_dtype(run.get("dtype", "auto")),
-                       run.get("options", {}).get("load_in_4bit", False))
-    if adapter:
-        model = load_adapter(model, adapter)
-    if not run:
-        print("no args.json beside it: asked in the xml format", file=sys.stderr)
-    which = f"adapter {adapter} on {name}" if adapter else f"model {name}"
-    print(f"{which}, transformers on {model.device.type}", file=sys.stderr, flush=True)
-    return model, tokenizer, run
+    load_from, name = find_model(base)
+    return load_from, adapter, record["run"], f"adapter {adapter} on {name}"
 
 
 def read_run(model: str) -> dict:
@@ -122,23 +115,34 @@ def show(question: str, completion, fmt: str, as_json: bool, many: bool) -> None
     print(f"answer: {answer if answer is not None else 'none in the format'}{cut}", flush=True)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    questions = read_questions(args)
-    quiet_libraries()
-    model, tokenizer, run = load(args)
-    from transformers import set_seed
+def check_lengths(questions, prompts, tokenizer, load_from: str, room: int) -> None:
+    from transformers import AutoConfig
 
-    set_seed(args.seed)
-    fmt = run.get("format", "xml")
-    prompts = [build_prompt(question, fmt, run.get("shots", [])) for question in questions]
-    room = args.max_tokens or run.get("max_completion_length", 512)
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(AutoConfig.from_pretrained(load_from), "max_position_embeddings", None)
     for question, prompt in zip(questions, prompts):
         tokens = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"])
         if limit and tokens + room > limit:
             stop(f"too long: {tokens} tokens and --max-tokens {room} exceed the model's {limit}: "
                  f"{question[:60]}...")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    questions = read_questions(args)
+    quiet_libraries()
+    load_from, adapter, run, name = choose_model(args)
+    tokenizer = load_tokenizer(load_from, run.get("chat_template", "own"))
+    fmt, room = run.get("format", "xml"), args.max_tokens or run.get("max_completion_length", 512)
+    prompts = [build_prompt(question, fmt, run.get("shots", [])) for question in questions]
+    check_lengths(questions, prompts, tokenizer, load_from, room)
+    model = load_model(load_from, choose_dtype(run.get("dtype", "auto")),
+                       run.get("options", {}).get("load_in_4bit", False))
+    model = load_adapter(model, adapter) if adapter else model
+    asked = "" if run else "; no args.json beside it, so asked in the xml format"
+    print(f"{name}, transformers on {model.device.type}{asked}", file=sys.stderr, flush=True)
+    from transformers import set_seed
+
+    set_seed(args.seed)
     for start in range(0, len(prompts), args.batch_size):  # shown as they come
         part = slice(start, start + args.batch_size)
         done = complete(model, tokenizer, prompts[part], max_tokens=room, top_p=args.top_p,

@@ -48,7 +48,10 @@ class CheckedReward:
         self.extra = {"fmt": fmt} if "fmt" in inspect.signature(func).parameters else {}
 
     def __call__(self, prompts, completions, **columns) -> list[float]:
-        values = self.func(prompts=prompts, completions=completions, **columns, **self.extra)
+        try:
+            values = self.func(prompts=prompts, completions=completions, **columns, **self.extra)
+        except Exception as problem:  # a fault in a reward must not look like a bad model
+            stop(f"reward {self.label} fails with {type(problem).__name__}: {problem}")
         n = len(values) if isinstance(values, (list, tuple)) else 0
         if n != len(completions):
             stop(f"reward {self.label} returned {n} values for {len(completions)} completions")
@@ -117,10 +120,20 @@ def prepare(args) -> dict:
     if args.eval_steps:  # the best adapter is not chosen on the questions whose figures we report
         cut = max(1, min(64, len(run["train"]) // 10))
         run["train"], run["validation"] = run["train"][:-cut], run["train"][-cut:]
+    try_rewards(run)
     if args.warm_start and not any(row["solution"] for row in run["train"]):
         print("no warm start: these questions come without worked solutions")
         args.warm_start = 0
     return run
+
+
+def try_rewards(run: dict) -> None:
+    """Call each reward once, as TRL will, so that a faulty one is named before an hour is spent."""
+    rows = run["train"][:2]
+    columns = {name: [row[name] for row in rows] for name in ("question", "answer")}
+    texts = [[{"role": "assistant", "content": row["solution"] or "1"}] for row in rows]
+    for func in run["reward_funcs"]:
+        func([row["prompt"] for row in rows], texts, completion_ids=[[1] for _ in rows], **columns)
 
 
 def count_parameters(config) -> int:
@@ -150,11 +163,11 @@ def grpo_config(args, dtype: str, output_dir: str):
         "run_name": Path(output_dir).name, "bf16": dtype == "bfloat16", "fp16": dtype == "float16",
     }
     fields = {
-        "logging_steps": 1, "disable_tqdm": True, "save_total_limit": 2, "warmup_steps": 2,
-        "lr_scheduler_type": "constant_with_warmup", "max_grad_norm": 1.0,
+        "logging_steps": 1, "disable_tqdm": True, "save_total_limit": 2, "max_grad_norm": 1.0,
+        "lr_scheduler_type": "constant",  # runs are short: a warm-up's first step trains nothing
         "gradient_checkpointing": not cpu,  # a CPU has the memory and lacks the time
     } | ours
-    known = {field.name for field in dataclasses.fields(GRPOConfig)}
+    known = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
     for pair in args.set:
         name, equals, value = pair.partition("=")
         if name not in known:
@@ -162,6 +175,8 @@ def grpo_config(args, dtype: str, output_dir: str):
         if not equals or name in ours:
             stop(f"--set {pair}: {'it has an option of its own' if equals else 'write NAME=VALUE'}")
         fields[name] = yaml.safe_load(value)
+        if isinstance(known[name], (int, float)) and not isinstance(fields[name], (int, float)):
+            stop(f"--set {pair}: {name} is a number or true/false, by default {known[name]}")
     try:
         return GRPOConfig(**fields)
     except (ValueError, TypeError) as problem:
@@ -314,8 +329,7 @@ def warm_start(args, run: dict, model, run_dir: Path) -> None:
     rows = [row for row in run["train"] if row["solution"]][: args.warm_start * WARM_START_BATCH]
     examples = [{"prompt": row["prompt"], "completion": [
         {"role": "assistant", "content": rendered(row, args.format)}]} for row in rows]
-    same = ("use_cpu", "bf16", "fp16", "gradient_checkpointing", "seed", "warmup_steps",
-            "lr_scheduler_type", "max_grad_norm")
+    same = ("use_cpu", "bf16", "fp16", "gradient_checkpointing", "seed", "lr_scheduler_type")
     config = SFTConfig(
         output_dir=str(run_dir), max_steps=args.warm_start, max_length=None, save_strategy="no",
         per_device_train_batch_size=WARM_START_BATCH, learning_rate=args.warm_start_learning_rate,
@@ -364,6 +378,7 @@ def train(args, run: dict, model, run_dir: Path, checkpoint: Path | None):
         reward_funcs=run["reward_funcs"], processing_class=run["tokenizer"],
         train_dataset=Dataset.from_list(rows))
     trainer.remove_callback(PrinterCallback)
+    trainer.create_model_card = lambda *_, **__: None  # its text knows nothing of this run
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return watch
 

