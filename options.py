@@ -45,10 +45,11 @@ RECIPES = {
     },
     "smollm2-135m": {  # the default without a GPU, so without an account; else --report-to wandb
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "lora_rank": 16, "lora_alpha": 32,
-        "warm_start": 12,  # untrained it writes no tag, every reward is 0, and nothing is learnt
-        "learning_rate": 1e-4, "batch_size": 16, "gradient_accumulation_steps": 2,
-        "num_generations": 8, "max_prompt_length": 300, "max_completion_length": 96,
-        "max_steps": 20,
+        # Untrained it writes no tag, every reward is 0, and nothing is learnt. Five steps show it
+        # the format; GRPO does the rest (twelve would leave it little to do).
+        "warm_start": 5, "learning_rate": 2e-4, "batch_size": 16,
+        "gradient_accumulation_steps": 2, "num_generations": 8, "max_steps": 20,
+        "max_prompt_length": 300, "max_completion_length": None, "eval_questions": 128,
         "reward_funcs": ["correctness_reward_func", "strict_format_reward_func",
                          "int_reward_func", "xmlcount_reward_func"],
         "reward_weights": [2.0, 1.0, 1.0, 1.0],
@@ -67,7 +68,7 @@ RECIPES = {
 }
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 FREE_ON_RESUME = {"resume", "max_steps", "save_steps", "report_to", "project_name", "config",
-                  "output_dir", "no_trackio", "dry_run"}
+                  "output_dir", "no_trackio", "dry_run", "typed"}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -141,7 +142,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--batch-size", type=count, default=8, help="completions a device and forward pass")
     add("--gradient-accumulation-steps", type=count, help="default: the fewest that hold a group")
     add("--num-generations", type=count, default=8, help="group size: completions a question")
-    add("--max-completion-length", type=count, default=512, help="tokens")
+    add("--max-completion-length", type=count, default=512, help="tokens; smollm2-135m: "
+        "as long as the questions need")
     add("--temperature", type=positive, default=1.0, help="of the rollouts; best left at 1")
     add("--beta", type=share, default=0.0, help="KL weight, 0 = no reference model")
     add("--loss-type", choices=LOSS_TYPES, default="dapo")
@@ -183,6 +185,7 @@ def parse_options(argv: list[str] | None, description: str) -> argparse.Namespac
     recipe = given.recipe or ("qwen-3b" if has_gpu() else "smollm2-135m")
     parser.set_defaults(**RECIPES[recipe])
     args = parser.parse_args(argv)
+    args.typed = sorted({w[2:].partition("=")[0].replace("-", "_") for w in argv if w[:2] == "--"})
     args.recipe, args.model_named = recipe, given.model is not None
     args.dataset_named, args.dataset = args.dataset is not None, args.dataset or GSM8K
     args.report_to = "none" if args.no_trackio else args.report_to

@@ -219,7 +219,7 @@ def generate_questions(n: int, seed: int = 0, split: str = "train") -> list[dict
         held_out = split == "test" and len(questions) % 3 == 2
         question, steps = rng.choice(HELD_OUT_TEMPLATES if held_out else TEMPLATES)
         times = steps[0][1] == "*"
-        numbers = {letter: rng.randint(2, 9 if times else 20) for letter in "abcd"}
+        numbers = {letter: rng.randint(2, 9 if times else 12) for letter in "abcd"}
         if steps[0][1] == "-":
             numbers["a"] += numbers["b"]
         if (sum(numbers.values()) % 5 == 0) != (split == "test"):

@@ -35,6 +35,7 @@ from questions import add_prompts, load_questions, rendered
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 STAGES = {"before": "before", "warm_start": "after warm start", "after": "after GRPO"}
+COMPLETION = {"generated": 72}
 WARM_START_BATCH = 8  # worked solutions a supervised step
 
 
@@ -99,6 +100,9 @@ def prepare(args) -> dict:
     run = {"journal": journal, "reward_funcs": load_rewards(args, journal), "stages": {}}
     run["load_from"], run["base"] = find_model(args.model, args.model_named)
     config = AutoConfig.from_pretrained(run["load_from"])
+    train, test = load_questions(args)
+    # 99 % of the generated questions' worked solutions have at most 53 tokens, GSM8K's 254.
+    args.max_completion_length = args.max_completion_length or COMPLETION.get(args.dataset, 256)
     context = getattr(config, "max_position_embeddings", None)
     if context and args.max_prompt_length + args.max_completion_length > context:
         stop(f"--max-prompt-length {args.max_prompt_length} + --max-completion-length "
@@ -107,7 +111,6 @@ def prepare(args) -> dict:
     run["dtype"] = choose_dtype(args.dtype)
     run["config"] = grpo_config(args, run["dtype"], "unused")
     run["tokenizer"] = load_tokenizer(run["load_from"], args.chat_template)
-    train, test = load_questions(args)
     shots = [question for question in train if question["solution"]][: args.few_shot]
     if len(shots) < args.few_shot:
         stop(f"--few-shot {args.few_shot}, but {len(shots)} questions have a worked solution")
@@ -430,8 +433,11 @@ def evaluate_only(args) -> None:
     trained = adapter.get("run", {})
     base = trained.get("base_model") or adapter.get("base_model_name_or_path") or args.model
     load_from, name = find_model(args.model if args.model_named else base, bool(args.adapter))
-    args.format = trained.get("format", args.format)
-    tokenizer = load_tokenizer(load_from, trained.get("chat_template", args.chat_template))
+    for option in ("format", "chat_template", "max_completion_length", "dtype", "load_in_4bit"):
+        if option not in args.typed:  # as it was trained, unless told otherwise
+            value = trained.get("options", {}).get(option, getattr(args, option))
+            setattr(args, option, value)
+    tokenizer = load_tokenizer(load_from, args.chat_template)
     _, test = load_questions(args)
     test = test if args.eval_questions == "all" else test[: args.eval_questions]
     rows = add_prompts(test, trained.get("shots", []), args, tokenizer, "held-out")
@@ -440,8 +446,9 @@ def evaluate_only(args) -> None:
     dtype = choose_dtype(args.dtype)
     model = load_model(load_from, dtype, args.load_in_4bit, args.attn_implementation)
     model = load_adapter(model, args.adapter) if args.adapter else model
-    results = evaluate(model, tokenizer, rows, args.format, max_tokens=args.max_completion_length,
-                       path=run_dir / "evaluation.jsonl", samples=args.samples, label=name,
+    results = evaluate(model, tokenizer, rows, args.format, samples=args.samples, label=name,
+                       max_tokens=args.max_completion_length or 256,
+                       path=run_dir / "evaluation.jsonl",
                        temperature=args.temperature if args.samples > 1 else 0.0)
     report({str(args.adapter or name): results}, run_dir / "evaluation.json")
     print(f"in {run_dir}: evaluation.json and evaluation.jsonl")

@@ -13,6 +13,7 @@ here can backtrack; and every verdict can be asked for its reason (`explain`).
 It does not evaluate arithmetic, read numbers written as words, or grade anything but numbers.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 from decimal import Context, Decimal
@@ -74,23 +75,24 @@ def extract_hash_answer(text: str) -> str | None:
     return gold.strip() if mark else None
 
 
-# LaTeX and Markdown around a number carry no value; most become a space, so that what they held
-# apart stays apart: "7**2" is two numbers, not 72.
+# LaTeX and Markdown around a number carry no value.
 _MARKUP = [
-    ("\u2212", "-"), ("\u00a0", " "), ("\u202f", " "), ("\u2007", " "), ("\\boxed{", " "),
-    ("\\text{", " "), ("\\mathrm{", " "), ("{,}", ","), ("\\$", "$"), ("\\%", "%"), ("\\,", " "),
-    ("\\(", " "), ("\\)", " "), ("\\[", " "), ("\\]", " "), ("}", " "), ("**", " "), ("`", " "),
+    ("\u2212", "-"), ("\\boxed{", " "), ("\\text{", " "), ("\\mathrm{", " "), ("\\$", "$"),
+    ("\\%", "%"), ("\\,", " "), ("\\(", " "), ("\\)", " "), ("\\[", " "), ("\\]", " "),
+    ("}", " "), ("**", " "), ("`", " "),
 ]  # fmt: skip
 _CURRENCY = "$€£¥₹¢"
-_NUMBER = re.compile(r"[0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]++")
-_PREFIX = re.compile(rf"\s*+([-+]?+)([{_CURRENCY}]?+)\s*+[{_CURRENCY}]?+([-+]?+)")
-_MAX_UNIT = 100  # characters; more than this after a number is prose, not a unit
-_UNIT = re.compile(rf"(?:[\s.%°()'{_CURRENCY}]|[A-Za-z]++[-,/]?+|/(?=[A-Za-z]))*+")
+# One run of digits; more than 100 characters on a side of it are prose, not a sign or a unit.
+_AROUND = re.compile(r"([^0-9.]{0,100}+)(\.?+[0-9](?:[0-9.,]++|\{,\})*+)([^0-9]{0,100}+)")
+_NUMBER = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)?+(?:\.[0-9]++)?+")
+_PREFIX = re.compile(rf"\s*+([-+]?+)[{_CURRENCY}]?+\s*+[{_CURRENCY}]?+([-+]?+)\s*+")
+_UNIT = re.compile(rf"(?:[\s.%°()'’{_CURRENCY}]|[A-Za-zÀ-ÖØ-öø-ÿ]++[-,/]?+|/(?=[A-Za-z]))*+")
 # After a number these change or hedge its value: "5 thousand", "2 and a half", "72 or more", "5M".
 _NOT_A_UNIT = re.compile(
-    r"\b(?:(?:hundred|thousand|million|billion|trillion|dozen|third|fourth|fifth|sixth|seventh"
+    r"\b(?:(?:ten|hundred|thousand|million|billion|trillion|dozen|third|fourth|fifth|sixth|seventh"
     r"|eighth|ninth|tenth|hundredth|thousandth)s?|half|halves|and a|squared|cubed|or|plus|minus|not"
-    r"|k|bn|mn|(?-i:M|B))\b",
+    r"|k|bn|mn|(?-i:M|B)|pi|below zero|(?:and|point|times|less|by)\s++(?:zero|one|two|three|four"
+    r"|five|six|seven|eight|nine|eleven|twelve|(?:twen|thir|four?|fif|six|seven|eigh|nine)t))",
     re.IGNORECASE,
 )
 
@@ -106,28 +108,22 @@ def parse_number(text: str) -> Decimal | None:
     >>> parse_number("x = $1,080.50 per month"), parse_number("10,80")
     (Decimal('1080.50'), None)
     """
-    text = str(text)
+    before, equals, value = str(text).rpartition("=")
+    if equals and (before[-1:] in ("<", ">", "!", "~", "/") or re.search(r"\bor\b", before[-100:])):
+        return None  # a bound is not a value, "x = 71 or x = 72" not one
+    around = _AROUND.fullmatch(value.strip())
+    if around is None:
+        return None
+    before, unit = around[1], around[3]
     for mark, plain in _MARKUP:
-        text = text.replace(mark, plain)
-    before, equals, value = text.rpartition("=")
-    if equals and before[-1:] in ("<", ">", "!", "~"):
-        return None  # a bound is not a value
-    number = _NUMBER.search(value)
-    if number is None or _NUMBER.search(value, number.end()):
+        before, unit = before.replace(mark, plain), unit.replace(mark, plain)
+    prefix = _PREFIX.fullmatch(before)
+    number = _NUMBER.fullmatch(around[2].replace("{,}", ",").rstrip("."))
+    if not (prefix and number and _UNIT.fullmatch(unit)) or _NOT_A_UNIT.search(unit):
         return None
-    prefix = _PREFIX.fullmatch(value, 0, number.start())
-    if prefix is None or (prefix[1] and prefix[3]):
+    if prefix[1] and prefix[2]:
         return None
-    unit = value[number.end() :]
-    if len(unit) > _MAX_UNIT or not _UNIT.fullmatch(unit) or _NOT_A_UNIT.search(unit):
-        return None
-    digits = number[0]
-    if "," in digits:
-        first, *groups = digits.partition(".")[0].split(",")
-        if not 1 <= len(first) <= 3 or any(len(group) != 3 for group in groups):
-            return None
-        digits = digits.replace(",", "")
-    return Decimal(("-" if "-" in (prefix[1], prefix[3]) else "") + digits)
+    return Decimal(("-" if "-" in prefix.groups() else "") + number[0].replace(",", ""))
 
 
 def answer_block(text: str, fmt: str = "xml") -> str | None:
@@ -214,11 +210,138 @@ def completion_text(completion) -> str:
     return ""
 
 
-def _gold_number(gold: str) -> Decimal | None:
-    return parse_number(str(gold).rpartition("####")[2])
+# ---- Reward functions ----------------------------------------------------------------------------
+REWARD_FUNCS = {}  # name -> reward function
 
 
-# ---- Judgements: (text, gold, fmt) -> (value, one plain sentence why) ----------------------------
+def _reward(fmt: str, needs_gold: bool):
+    """Turn a judgement, (text, gold, fmt) -> (value, one plain sentence why), into a reward.
+
+    That is, into TRL's (prompts, completions, answer, **kwargs) -> one float a completion, where
+    completions are strings or conversations and `answer` holds one gold each. TRL plots
+    `rewards/{name}/mean`, so the names label curves. Raises ValueError on a missing `answer`.
+    """
+    default_fmt = fmt
+
+    def register(judge):
+        @functools.wraps(judge)
+        def reward_func(prompts, completions, answer=(), fmt=default_fmt, **kwargs) -> list[float]:
+            if not needs_gold:
+                answer = [""] * len(completions)
+            if len(answer) != len(completions):
+                raise ValueError(f"{len(completions)} completions but {len(answer)} answers: the "
+                                 "data set needs a column 'answer' with one gold a question")
+            return [judge(completion_text(c), gold, fmt)[0] for c, gold in zip(completions, answer)]
+
+        del reward_func.__wrapped__  # its signature is its own
+        reward_func.judge = judge
+        REWARD_FUNCS[judge.__name__] = reward_func
+        return reward_func
+
+    return register
+
+
+@_reward("xml", needs_gold=True)
+def correctness_reward_func(text, gold, fmt):
+    """1.0 where exactly one closed answer block holds exactly the gold number, else 0.0."""
+    number, fault = _read_answer(text, fmt)
+    wanted = _gold_number(gold)
+    if fault or number != wanted:
+        return 0.0, fault or f"the answer is {_short(number)}, the gold is {_short(wanted)}"
+    return 1.0, f"the answer is {_short(number)}, as the gold"
+
+
+@_reward("xml", needs_gold=False)
+def int_reward_func(text, gold, fmt):
+    """0.5 where the one answer block holds an integer, else 0.0."""
+    number, fault = _read_answer(text, fmt)
+    if fault or number != number.to_integral_value():
+        return 0.0, fault or f"{_short(number)} is not an integer"
+    return 0.5, f"{_short(number)} is an integer"
+
+
+@_reward("xml", needs_gold=False)
+def strict_format_reward_func(text, gold, fmt):
+    """0.5 where the whole completion is one reasoning block, then one answer block, else 0.0."""
+    fault = format_fault(text, fmt)
+    return (0.0, fault) if fault else (0.5, "the whole completion follows the format")
+
+
+@_reward("xml", needs_gold=False)
+def soft_format_reward_func(text, gold, fmt):
+    """0.5 where both blocks are there in order, whatever the white space around, else 0.0."""
+    fault = format_fault(text, fmt, strict=False)
+    return (0.0, fault) if fault else (0.5, "both blocks are there, in order")
+
+
+@_reward("xml", needs_gold=False)
+def xmlcount_reward_func(text, gold, fmt):
+    """0.125 a tag that occurs exactly once, less up to 0.1 for text after the last one; 0.0-0.5."""
+    tags = FORMATS[fmt].tags
+    once = sum(text.count(tag) == 1 for tag in tags)
+    # Bounded below one tag's worth: a version in wide circulation charges the whole text when the
+    # newline after the last tag is missing, -0.55 on a perfect answer.
+    trailing = len(text.rpartition(tags[3])[2].strip()) if tags[3] in text else 0
+    value = max(0.0, 0.125 * once - min(0.1, 0.001 * trailing))
+    return value, f"{once} of 4 tags occur once, {trailing} characters follow the last"
+
+
+@_reward("cookbook", needs_gold=False)
+def match_format_exactly(text, gold, fmt):
+    """3.0 where the whole completion follows the format, else 0.0."""
+    fault = format_fault(text, fmt)
+    return (0.0, fault) if fault else (3.0, "the whole completion follows the format")
+
+
+@_reward("cookbook", needs_gold=False)
+def match_format_approximately(text, gold, fmt):
+    """+0.5 for each of the four elements that occurs exactly once, -0.5 for each other; -2 to 2."""
+    once = sum(text.count(tag) == 1 for tag in FORMATS[fmt].tags)
+    return 0.5 * once - 0.5 * (4 - once), f"{once} of 4 elements occur exactly once"
+
+
+_EXACT = Context(prec=60, Emin=-(10**9), Emax=10**9, traps=[])  # long digit strings must not raise
+
+
+@_reward("cookbook", needs_gold=True)
+def check_answer_correctness(text, gold, fmt):
+    """3.0 exact, 1.5 within 10 %, 0.5 within 20 %, else -0.5.
+
+    The credit for a near miss is the cookbook recipe's own: there, a near miss in perfect format
+    (6.5) earns more than a right answer without its reasoning block (4.5).
+    """
+    number, fault = _read_answer(text, fmt)
+    wanted = _gold_number(gold)
+    if fault or number == wanted:
+        return (-0.5, fault) if fault else (3.0, f"the answer is {_short(number)}, as the gold")
+    why = f"the answer is {_short(number)}, the gold is {_short(wanted)}"
+    if not wanted:  # of zero there is no near
+        return -0.5, why
+    miss = _EXACT.divide(_EXACT.abs(_EXACT.subtract(number, wanted)), _EXACT.abs(wanted))
+    for value, limit in ((1.5, "10"), (0.5, "20")):
+        if miss <= Decimal(f"0.{limit}"):
+            return value, f"{why}: within {limit} %"
+    return -0.5, why
+
+
+@_reward("cookbook", needs_gold=True)
+def check_numbers_extraction(text, gold, fmt):
+    """1.5 where the gold follows the one opening answer tag, closed or not, else 0.0."""
+    _, _, opening, closing = FORMATS[fmt].tags
+    if (n := text.count(opening)) != 1:
+        return 0.0, f"{opening} occurs {n} times, not once"
+    number = parse_number(text.partition(opening)[2].partition(closing)[0])
+    if number is None or number != _gold_number(gold):
+        return 0.0, f"after {opening} stands {_short(number)}, not the gold"
+    return 1.5, f"after {opening} stands the gold, closed or not"
+
+
+def explain(completion, gold: str, fmt: str = "xml") -> dict[str, tuple[float, str]]:
+    """Per reward function, its value for one completion and one plain sentence why."""
+    text = completion_text(completion)
+    return {name: func.judge(text, gold, fmt) for name, func in REWARD_FUNCS.items()}
+
+
 def _read_answer(text: str, fmt: str) -> tuple[Decimal | None, str | None]:
     """The number in the one closed answer block, or the reason why there is none."""
     block = answer_block(text, fmt)
@@ -230,176 +353,10 @@ def _read_answer(text: str, fmt: str) -> tuple[Decimal | None, str | None]:
     return number, f"the answer {block[:30]!r} is not one number" if number is None else None
 
 
-def _judge_correctness(text: str, gold: str, fmt: str) -> tuple[float, str]:
-    number, fault = _read_answer(text, fmt)
-    if fault:
-        return 0.0, fault
-    wanted = _gold_number(gold)
-    if number != wanted:
-        return 0.0, f"the answer is {_short(number)}, the gold is {_short(wanted)}"
-    return 1.0, f"the answer is {_short(number)}, as the gold"
-
-
-def _judge_integer(text: str, gold: str, fmt: str) -> tuple[float, str]:
-    number, fault = _read_answer(text, fmt)
-    if fault:
-        return 0.0, fault
-    if number != number.to_integral_value():
-        return 0.0, f"{_short(number)} is not an integer"
-    return 0.5, f"{_short(number)} is an integer"
-
-
-def _judge_strict_format(text: str, gold: str, fmt: str) -> tuple[float, str]:
-    fault = format_fault(text, fmt)
-    return (0.0, fault) if fault else (0.5, "the whole completion follows the format")
-
-
-def _judge_soft_format(text: str, gold: str, fmt: str) -> tuple[float, str]:
-    fault = format_fault(text, fmt, strict=False)
-    return (0.0, fault) if fault else (0.5, "both blocks are there, in order")
-
-
-def _judge_tag_count(text: str, gold: str, fmt: str) -> tuple[float, str]:
-    tags = FORMATS[fmt].tags
-    once = sum(text.count(tag) == 1 for tag in tags)
-    # What follows the last tag costs up to 0.1, less than one tag is worth: an ordinary
-    # implementation charges the whole text when the tag's newline is missing, -0.55 on a good one.
-    trailing = len(text.rpartition(tags[3])[2].strip()) if tags[3] in text else 0
-    value = max(0.0, 0.125 * once - min(0.1, 0.001 * trailing))
-    return value, f"{once} of 4 tags occur once, {trailing} characters follow the last"
-
-
-def _judge_exact_format(text: str, gold: str, fmt: str) -> tuple[float, str]:
-    value, why = _judge_strict_format(text, gold, fmt)
-    return 6 * value, why
-
-
-def _judge_approximate_format(text: str, gold: str, fmt: str) -> tuple[float, str]:
-    once = sum(text.count(tag) == 1 for tag in FORMATS[fmt].tags)
-    return 0.5 * once - 0.5 * (4 - once), f"{once} of 4 elements occur exactly once"
-
-
-_EXACT = Context(prec=60, Emin=-(10**9), Emax=10**9, traps=[])  # long digit strings must not raise
-
-
-def _judge_near_correctness(text: str, gold: str, fmt: str) -> tuple[float, str]:
-    number, fault = _read_answer(text, fmt)
-    if fault:
-        return -0.5, fault
-    wanted = _gold_number(gold)
-    if number == wanted:
-        return 3.0, f"the answer is {_short(number)}, as the gold"
-    why = f"the answer is {_short(number)}, the gold is {_short(wanted)}"
-    if not wanted:  # of zero there is no near
-        return -0.5, why
-    miss = _EXACT.divide(_EXACT.abs(_EXACT.subtract(number, wanted)), _EXACT.abs(wanted))
-    if miss <= Decimal("0.1"):
-        return 1.5, f"{why}: within 10 %"
-    if miss <= Decimal("0.2"):
-        return 0.5, f"{why}: within 20 %"
-    return -0.5, why
-
-
-def _judge_number_extraction(text: str, gold: str, fmt: str) -> tuple[float, str]:
-    _, _, opening, closing = FORMATS[fmt].tags
-    if (n := text.count(opening)) != 1:
-        return 0.0, f"{opening} occurs {n} times, not once"
-    number = parse_number(text.partition(opening)[2].partition(closing)[0])
-    if number is None or number != _gold_number(gold):
-        return 0.0, f"after {opening} stands {'no number' if number is None else _short(number)}"
-    return 1.5, f"after {opening} stands the gold, closed or not"
+def _gold_number(gold: str) -> Decimal | None:
+    return parse_number(str(gold).rpartition("####")[2])
 
 
 def _short(number: Decimal | None) -> str:
-    text = str(number)
+    text = "no number" if number is None else str(number)
     return text if len(text) <= 30 else f"{text[:27]}..."
-
-
-def _score(judge, completions, answer, fmt: str) -> list[float]:
-    if len(answer) != len(completions):
-        raise ValueError(
-            f"{len(completions)} completions but {len(answer)} answers: the data set needs an "
-            "'answer' column with one gold number a question"
-        )
-    pairs = zip(completions, answer)
-    return [judge(completion_text(completion), gold, fmt)[0] for completion, gold in pairs]
-
-
-def _score_without_gold(judge, completions, fmt: str) -> list[float]:
-    return [judge(completion_text(completion), "", fmt)[0] for completion in completions]
-
-
-# ---- Reward functions: (prompts, completions, answer, **kwargs) -> one float a completion --------
-# TRL plots `rewards/{function name}/mean`, so these names label curves. `completions` are strings
-# or conversations; `answer` holds one gold each; `fmt` is a key of FORMATS; the rest is ignored.
-def correctness_reward_func(prompts, completions, answer=(), fmt="xml", **kwargs) -> list[float]:
-    """1.0 where exactly one closed answer block holds exactly the gold number, else 0.0."""
-    return _score(_judge_correctness, completions, answer, fmt)
-
-
-def int_reward_func(prompts, completions, fmt="xml", **kwargs) -> list[float]:
-    """0.5 where the one answer block holds an integer, else 0.0."""
-    return _score_without_gold(_judge_integer, completions, fmt)
-
-
-def strict_format_reward_func(prompts, completions, fmt="xml", **kwargs) -> list[float]:
-    """0.5 where the whole completion is one reasoning block, then one answer block, else 0.0."""
-    return _score_without_gold(_judge_strict_format, completions, fmt)
-
-
-def soft_format_reward_func(prompts, completions, fmt="xml", **kwargs) -> list[float]:
-    """0.5 where both blocks are there in order, whatever the white space around, else 0.0."""
-    return _score_without_gold(_judge_soft_format, completions, fmt)
-
-
-def xmlcount_reward_func(prompts, completions, fmt="xml", **kwargs) -> list[float]:
-    """0.125 a tag that occurs exactly once, less up to 0.1 for text after the last one; 0.0–0.5."""
-    return _score_without_gold(_judge_tag_count, completions, fmt)
-
-
-def match_format_exactly(prompts, completions, fmt="cookbook", **kwargs) -> list[float]:
-    """3.0 where the whole completion follows the format, else 0.0."""
-    return _score_without_gold(_judge_exact_format, completions, fmt)
-
-
-def match_format_approximately(prompts, completions, fmt="cookbook", **kwargs) -> list[float]:
-    """+0.5 for each of the four elements that occurs exactly once, -0.5 for each other; -2 to 2."""
-    return _score_without_gold(_judge_approximate_format, completions, fmt)
-
-
-def check_answer_correctness(
-    prompts, completions, answer=(), fmt="cookbook", **kwargs
-) -> list[float]:
-    """3.0 exact, 1.5 within 10 %, 0.5 within 20 %, else -0.5.
-
-    The credit for a near miss is the cookbook recipe's own: there, a near miss in perfect format
-    (6.5) can earn more than a right answer without its reasoning block (4.5).
-    """
-    return _score(_judge_near_correctness, completions, answer, fmt)
-
-
-def check_numbers_extraction(
-    prompts, completions, answer=(), fmt="cookbook", **kwargs
-) -> list[float]:
-    """1.5 where the gold follows the one opening answer tag, closed or not, else 0.0."""
-    return _score(_judge_number_extraction, completions, answer, fmt)
-
-
-_JUDGES = {
-    correctness_reward_func: _judge_correctness,
-    int_reward_func: _judge_integer,
-    strict_format_reward_func: _judge_strict_format,
-    soft_format_reward_func: _judge_soft_format,
-    xmlcount_reward_func: _judge_tag_count,
-    match_format_exactly: _judge_exact_format,
-    match_format_approximately: _judge_approximate_format,
-    check_answer_correctness: _judge_near_correctness,
-    check_numbers_extraction: _judge_number_extraction,
-}
-REWARD_FUNCS = {func.__name__: func for func in _JUDGES}
-
-
-def explain(completion, gold: str, fmt: str = "xml") -> dict[str, tuple[float, str]]:
-    """Per reward function, its value for one completion and one plain sentence why."""
-    text = completion_text(completion)
-    return {func.__name__: judge(text, gold, fmt) for func, judge in _JUDGES.items()}
