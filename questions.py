@@ -14,22 +14,17 @@ import re
 from pathlib import Path
 
 import rewards
-from models import build_prompt, hub_reachable, stop
+from models import build_prompt, hub_reachable, render_prompts, stop
 from options import GSM8K
 
 
 # ---- Questions -----------------------------------------------------------------------------------
 def load_questions(args) -> tuple[list[dict], list[dict]]:
     """The training questions and the held-out ones."""
-    name = args.dataset
-    if (
-        name == GSM8K
-        and not args.dataset_named
-        and not hub_reachable()
-        and not hub_rows(args, "train")
-    ):
+    if args.dataset == GSM8K and not args.dataset_named and not hub_rows(args, "train", False):
         print(f"questions: generated word problems, since the Hub can't be reached for {GSM8K}")
-        args.dataset = name = "generated"
+        args.dataset = "generated"
+    name = args.dataset
     if name == "generated":
         train = generate_questions(args.max_examples or 2000, args.seed)
         test = generate_questions(1000, args.seed, "test")
@@ -38,14 +33,8 @@ def load_questions(args) -> tuple[list[dict], list[dict]]:
     elif Path(name).suffix in (".jsonl", ".json", ".csv", ".parquet"):
         train, test = read_rows(Path(name)), []
     else:
-        train, test = hub_rows(args, "train"), hub_rows(args, "test")
-        if not train:
-            why = "check the spelling" if hub_reachable() else "the Hub can't be reached"
-            stop(
-                f"no data set {name} to be had: {why}; --dataset also takes a file, or `generated`"
-            )
-    if args.eval_dataset:
-        test = read_rows(Path(args.eval_dataset))
+        train, test = hub_rows(args, "train", True), hub_rows(args, "test", False)
+    test = read_rows(Path(args.eval_dataset)) if args.eval_dataset else test
     train, test = (to_questions(rows, args, name) for rows in (train, test))
     if not test:  # never trained on
         random.Random(args.seed).shuffle(train)
@@ -54,18 +43,20 @@ def load_questions(args) -> tuple[list[dict], list[dict]]:
     return train[: args.max_examples], test
 
 
-def hub_rows(args, split: str) -> list[dict]:
-    """The rows of a Hub data set's split; none where it can't be had."""
-    hub_reachable()  # decides whether its libraries try the network
+def hub_rows(args, split: str, needed: bool) -> list[dict]:
+    """The rows of a Hub data set's split. Where it can't be had: none, or the end if needed."""
+    reachable = hub_reachable()  # decides whether its libraries try the network
     from datasets import load_dataset
 
     config = args.dataset_config or ("main" if args.dataset == GSM8K else None)
     try:
         return list(load_dataset(args.dataset, config, split=split))
-    except Exception as problem:  # datasets raises many kinds for one thing: it isn't there
-        if "Config name is missing" in str(problem) or "BuilderConfig" in str(problem):
-            stop(f"{args.dataset} wants --dataset-config: {problem}")
-        return []
+    except Exception as problem:  # datasets raises many kinds for one thing: it can't be had
+        if not needed:
+            return []
+        why = str(problem).splitlines()[0] if reachable else "the Hub can't be reached"
+        stop(f"no data set {args.dataset} to be had ({why}): check the spelling, --dataset-config "
+             "and `hf auth login`, or give a file, or `generated`")
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -142,10 +133,7 @@ def add_prompts(questions, shots, args, tokenizer, label: str) -> list[dict]:
     if not questions:
         return []
     rows = [q | {"prompt": build_prompt(q["question"], args.format, shots)} for q in questions]
-    texts = [
-        tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
-        for row in rows
-    ]
+    texts = render_prompts(tokenizer, [row["prompt"] for row in rows])
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
     kept = [row | {"tokens": n} for row, n in zip(rows, lengths) if n <= args.max_prompt_length]
     limit = f"longer than --max-prompt-length {args.max_prompt_length}"

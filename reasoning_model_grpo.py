@@ -14,7 +14,6 @@ TRL's GRPOTrainer does the training; what it can do beyond these options goes th
 
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import os
 import subprocess
@@ -25,12 +24,11 @@ from pathlib import Path
 
 import rewards
 from models import (
-    choose_dtype, complete, find_model, has_gpu, is_main_process, load_adapter, load_model,
-    load_tokenizer, peak_memory_gb, quiet_libraries, read_adapter, stop,
+    adapter_base, choose_dtype, complete, count_parameters, find_model, has_gpu, is_main_process,
+    load_adapter, load_model, load_tokenizer, peak_memory_gb, quiet_libraries, read_adapter,
+    render_prompts, stop,
 )
-from options import (
-    FREE_ON_RESUME, completions_a_step, did_you_mean, parse_options, record,
-)
+from options import FREE_ON_RESUME, completions_a_step, did_you_mean, parse_options, record
 from questions import add_prompts, load_questions, rendered
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
@@ -40,34 +38,10 @@ WARM_START_BATCH = 8  # worked solutions a supervised step
 
 
 # ---- Rewards -------------------------------------------------------------------------------------
-class CheckedReward:
-    """A reward function that is checked at every call; the journal keeps its batch and values."""
-
-    def __init__(self, func, label: str, fmt: str, journal: dict):
-        self.func, self.label, self.journal = func, label, journal
-        self.__name__ = getattr(func, "__name__", label)  # TRL plots rewards/{__name__}
-        self.extra = {"fmt": fmt} if "fmt" in inspect.signature(func).parameters else {}
-
-    def __call__(self, prompts, completions, **columns) -> list[float]:
-        try:
-            values = self.func(prompts=prompts, completions=completions, **columns, **self.extra)
-        except Exception as problem:  # a fault in a reward must not look like a bad model
-            stop(f"reward {self.label} fails with {type(problem).__name__}: {problem}")
-        n = len(values) if isinstance(values, (list, tuple)) else 0
-        if n != len(completions):
-            stop(f"reward {self.label} returned {n} values for {len(completions)} completions")
-        for value in values:
-            if value is not None and (isinstance(value, str) or not hasattr(value, "__float__")):
-                stop(f"reward {self.label} returned {value!r}, which is no number")
-        self.journal["values"][self.__name__] = [None if v is None else float(v) for v in values]
-        texts = map(rewards.completion_text, completions)
-        self.journal["batch"] = list(zip(columns["question"], columns["answer"], texts))
-        self.journal["ids"] = columns.get("completion_ids", [])
-        return self.journal["values"][self.__name__]
-
-
-def load_rewards(args, journal: dict) -> list[CheckedReward]:
+def load_rewards(args, journal: dict) -> list:
     """The functions that --reward-funcs names, of rewards.py or as FILE.py:function."""
+    from report import CheckedReward
+
     return [CheckedReward(find_reward(n), n, args.format, journal) for n in args.reward_funcs]
 
 
@@ -123,6 +97,10 @@ def prepare(args) -> dict:
     if args.eval_steps:  # the best adapter is not chosen on the questions whose figures we report
         cut = max(1, min(64, len(run["train"]) // 10))
         run["train"], run["validation"] = run["train"][:-cut], run["train"][-cut:]
+    needed = completions_a_step(args) // args.num_generations
+    if len(run["train"]) < needed:
+        stop(f"a step takes {needed} questions, there are {len(run['train'])}: lower --batch-size, "
+             "--gradient-accumulation-steps or give more questions")
     try_rewards(run)
     if args.warm_start and not any(row["solution"] for row in run["train"]):
         print("no warm start: these questions come without worked solutions")
@@ -137,14 +115,6 @@ def try_rewards(run: dict) -> None:
     texts = [[{"role": "assistant", "content": row["solution"] or "1"}] for row in rows]
     for func in run["reward_funcs"]:
         func([row["prompt"] for row in rows], texts, completion_ids=[[1] for _ in rows], **columns)
-
-
-def count_parameters(config) -> int:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
 def grpo_config(args, dtype: str, output_dir: str):
@@ -429,10 +399,11 @@ def evaluate_only(args) -> None:
     """Measure a base model, an adapter or a merged model, with the prompt it was trained with."""
     from evaluate import evaluate, report
 
-    adapter = read_adapter(args.adapter) if args.adapter else {}
-    trained = adapter.get("run", {})
-    base = trained.get("base_model") or adapter.get("base_model_name_or_path") or args.model
-    load_from, name = find_model(args.model if args.model_named else base, bool(args.adapter))
+    base, trained, named = args.model, {}, args.model if args.model_named else None
+    if args.adapter:
+        adapter = read_adapter(args.adapter)
+        base, trained = adapter_base(args.adapter, adapter, named), adapter["run"]
+    load_from, name = find_model(base, bool(args.adapter or named))
     for option in ("format", "chat_template", "max_completion_length", "dtype", "load_in_4bit"):
         if option not in args.typed:  # as it was trained, unless told otherwise
             value = trained.get("options", {}).get(option, getattr(args, option))
@@ -460,7 +431,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.evaluate_only:
         return evaluate_only(args)
     begun, run_dir = time.time(), choose_run_dir(args)
-    with one_process_first():
+    from accelerate import PartialState
+
+    with PartialState(cpu=not has_gpu()).main_process_first():  # it downloads, the others find it
         run = prepare(args) | {"begun": begun}
     checkpoint = newest_checkpoint(args, run_dir) if args.resume else None
     show_plan(args, run, run_dir)
@@ -482,17 +455,9 @@ def main(argv: list[str] | None = None) -> None:
         finish(args, run, model, run_dir, watch)
 
 
-def one_process_first():
-    """Under `accelerate launch`, the first process downloads and the others find it done."""
-    from accelerate import PartialState
-
-    return PartialState(cpu=not has_gpu()).main_process_first()
-
-
 def show_prompt(run: dict) -> None:
     row = run["train"][0]
-    text = run["tokenizer"].apply_chat_template(row["prompt"], tokenize=False,
-                                                add_generation_prompt=True)
+    (text,) = render_prompts(run["tokenizer"], [row["prompt"]])
     print(f"\nthe first prompt, {row['tokens']} tokens:\n{text}\n[gold: {row['answer']}]")
 
 

@@ -1,6 +1,7 @@
 """Watching a run and showing it: progress line, health alarms, the best adapter, pictures, HTML."""
 
 import html
+import inspect
 import json
 import math
 import signal
@@ -14,7 +15,8 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from evaluate import METRICS, summarise
-from rewards import explain, is_correct
+from models import stop
+from rewards import completion_text, explain, is_correct
 
 # metric: (lowest, highest, from which step, what to do). The ranges are axolotl's for GRPO.
 HEALTHY = {
@@ -31,6 +33,32 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED = (  # Okabe & Ito: told apart by colour-bli
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00",
 )  # fmt: skip
 COMPLETIONS_KEPT = 8  # a step, for completions.html
+
+
+class CheckedReward:
+    """A reward function that is checked at every call; the journal keeps its batch and values."""
+
+    def __init__(self, func, label: str, fmt: str, journal: dict):
+        self.func, self.label, self.journal = func, label, journal
+        self.__name__ = getattr(func, "__name__", label)  # TRL plots rewards/{__name__}
+        self.extra = {"fmt": fmt} if "fmt" in inspect.signature(func).parameters else {}
+
+    def __call__(self, prompts, completions, **columns) -> list[float]:
+        try:
+            values = self.func(prompts=prompts, completions=completions, **columns, **self.extra)
+        except Exception as problem:  # a fault in a reward must not look like a bad model
+            stop(f"reward {self.label} fails with {type(problem).__name__}: {problem}")
+        n = len(values) if isinstance(values, (list, tuple)) else 0
+        if n != len(completions):
+            stop(f"reward {self.label} returned {n} values for {len(completions)} completions")
+        for value in values:
+            if value is not None and (isinstance(value, str) or not hasattr(value, "__float__")):
+                stop(f"reward {self.label} returned {value!r}, which is no number")
+        self.journal["values"][self.__name__] = [None if v is None else float(v) for v in values]
+        texts = map(completion_text, completions)
+        self.journal["batch"] = list(zip(columns["question"], columns["answer"], texts))
+        self.journal["ids"] = columns.get("completion_ids", [])
+        return self.journal["values"][self.__name__]
 
 
 class RunWatch(TrainerCallback):
@@ -50,6 +78,8 @@ class RunWatch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.main = state.is_world_process_zero
+        for path in self.run_dir.glob("*.jsonl") if self.main else ():
+            forget_after(path, state.global_step)
         self.begun, self.first_step = time.time(), state.global_step
         self.bar = Progress(BarColumn(), TextColumn("{task.description}"), console=self.console,
                             disable=not (self.main and self.console.is_terminal))  # fmt: skip
@@ -280,6 +310,12 @@ def write_html(run_dir: Path, fmt: str, steps_shown: int = 8) -> Path:
     path = run_dir / "completions.html"
     path.write_text(PAGE.format(body="\n".join(body)), encoding="utf-8")
     return path
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the rows of steps that a resumed run is about to do again."""
+    kept = [row for row in read_jsonl(path) if row.get("step", 0) <= step]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -89,10 +89,11 @@ _PREFIX = re.compile(rf"\s*+([-+]?+)[{_CURRENCY}]?+\s*+[{_CURRENCY}]?+([-+]?+)\s
 _UNIT = re.compile(rf"(?:[\s.%°()'’{_CURRENCY}]|[A-Za-zÀ-ÖØ-öø-ÿ]++[-,/]?+|/(?=[A-Za-z]))*+")
 # After a number these change or hedge its value: "5 thousand", "2 and a half", "72 or more", "5M".
 _NOT_A_UNIT = re.compile(
-    r"\b(?:(?:ten|hundred|thousand|million|billion|trillion|dozen|third|fourth|fifth|sixth|seventh"
-    r"|eighth|ninth|tenth|hundredth|thousandth)s?|half|halves|and a|squared|cubed|or|plus|minus|not"
-    r"|k|bn|mn|(?-i:M|B)|pi|below zero|(?:and|point|times|less|by)\s++(?:zero|one|two|three|four"
-    r"|five|six|seven|eight|nine|eleven|twelve|(?:twen|thir|four?|fif|six|seven|eigh|nine)t))",
+    r"\b(?:(?:hundred|thousand|million|billion|trillion|dozen|third|fourth|fifth|sixth|seventh"
+    r"|eighth|ninth|tenth|hundredth|thousandth)s?|tens|half|halves|and a|squared|cubed|pi|or|plus"
+    r"|minus|not|below zero|k|bn|mn|(?-i:M|B)|(?:and|point|times|less|by)\s++(?:zero|one|two|three"
+    r"|four|five|six|seven|eight|nine|ten|eleven|twelve"
+    r"|(?:twen|thir|fou?r|fif|six|seven|eigh|nine)(?:ty|teen)))\b",
     re.IGNORECASE,
 )
 
@@ -281,7 +282,8 @@ def xmlcount_reward_func(text, gold, fmt):
     once = sum(text.count(tag) == 1 for tag in tags)
     # Bounded below one tag's worth: a version in wide circulation charges the whole text when the
     # newline after the last tag is missing, -0.55 on a perfect answer.
-    trailing = len(text.rpartition(tags[3])[2].strip()) if tags[3] in text else 0
+    tail = text.rpartition(tags[3])[2].strip() if tags[3] in text else ""
+    trailing = 0 if any(tag in tail for tag in tags) else len(tail)
     value = max(0.0, 0.125 * once - min(0.1, 0.001 * trailing))
     return value, f"{once} of 4 tags occur once, {trailing} characters follow the last"
 
@@ -346,9 +348,8 @@ def _read_answer(text: str, fmt: str) -> tuple[Decimal | None, str | None]:
     """The number in the one closed answer block, or the reason why there is none."""
     block = answer_block(text, fmt)
     if block is None:
-        n = text.count(FORMATS[fmt].tags[2])
-        fault = "there is no closed answer block" if n < 2 else f"{n} answer blocks are a hedge"
-        return None, fault
+        n = max(text.count(tag) for tag in FORMATS[fmt].tags[2:])
+        return None, f"{n} answer tags are a hedge" if n > 1 else "there is no closed answer block"
     number = parse_number(block)
     return number, f"the answer {block[:30]!r} is not one number" if number is None else None
 

@@ -22,6 +22,7 @@ import questions
 import reasoning_model_grpo as script
 
 HERE = Path(__file__).resolve().parent
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hub library reads it: no test asks the Hub
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -68,7 +69,6 @@ RUN_OPTIONS = ["--warm-start", "1", "--few-shot", "1", "--eval-steps", "1", "--s
 def workplace(tmp_path, monkeypatch, tiny_model) -> Path:
     """An empty directory to run in, without a Hub, with a reward file and a data set."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "noisy.py").write_text(
         "def vowels(completions, **kwargs):\n"
         "    return [sum(c in 'aeiou0123' for c in m[-1]['content']) / 8 for m in completions]\n"
@@ -106,7 +106,7 @@ def trained(tmp_path_factory, tiny_model):
     command = [sys.executable, str(HERE / "reasoning_model_grpo.py"),
                *arguments(tiny_model, *RUN_OPTIONS)]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True,
-                          env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"})
+                          env=os.environ | {"COLUMNS": "120"})
     assert done.returncode == 0, done.stderr[-3000:]
     return place, done.stdout
 
@@ -184,7 +184,6 @@ def test_the_adapter_really_changes_the_model(trained, tiny_model):
 def test_resume_continues_and_refuses_other_options(trained, tiny_model, monkeypatch, capsys):
     place, _ = trained
     monkeypatch.chdir(place)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     same = arguments(tiny_model, *RUN_OPTIONS, "--resume")
     line = stopped(capsys, script.main, [*same, "--learning-rate", "0.5"])
     assert "learning_rate was 0.0001, now 0.5" in line
@@ -303,7 +302,9 @@ BAD = [  # what is typed beside a run that would work, what the one line must sa
     (["--report-to", "trackio"], "pip install trackio"),
     (["--adapter", "x"], "--adapter goes with --evaluate-only"),
     (["--evaluate-only", "--adapter", "."], ". is no adapter directory"),
+    (["--evaluate-only", "--adapter", "foreign"], "was trained on owner/other, not on"),
     (["--few-shot", "50"], "have a worked solution"),
+    (["--max-examples", "1", "--batch-size", "8"], "a step takes 2 questions, there are 1"),
     (["--load-in-4bit", "--full-finetune"], "can't be trained in full"),
 ]
 
@@ -317,6 +318,9 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(more, says, workplace, ti
     (workplace / "no-weights/model.safetensors").unlink()
     (workplace / "no-template/chat_template.jinja").unlink()
     (workplace / "empty.jsonl").touch()
+    (workplace / "foreign").mkdir()
+    (workplace / "foreign/adapter_config.json").write_text(
+        '{"base_model_name_or_path": "owner/other"}')
     (workplace / "broken.jsonl").write_text('{"question": "a", "answer": "1"}\n{"question": \n')
     (workplace / "golds.csv").write_text("question,answer\nq1,many\nq2,5\nq3,few\n")
     (workplace / "columns.json").write_text('[{"problem": "a", "solution": "1"}]')
