@@ -98,6 +98,8 @@ class RunWatch(TrainerCallback):
         signal.signal(signal.SIGINT, self.previous_handler)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if getattr(args, "fp16", False):
+            return  # its loss scaler meets such gradients by design, and skips them itself
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         if not all(torch.isfinite(grad).all() for grad in grads):
             self.broken = state.global_step + 1

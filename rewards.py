@@ -344,6 +344,7 @@ def explain(completion, gold: str, fmt: str = "xml") -> dict[str, tuple[float, s
     return {name: func.judge(text, gold, fmt) for name, func in REWARD_FUNCS.items()}
 
 
+@functools.lru_cache(maxsize=1)  # explain asks for the same answer in turn
 def _read_answer(text: str, fmt: str) -> tuple[Decimal | None, str | None]:
     """The number in the one closed answer block, or the reason why there is none."""
     block = answer_block(text, fmt)

@@ -92,7 +92,8 @@ NUMBERS = [
     ("0,072", None, "no group begins with 0"), ("1,080,50", None, "comma as decimal point"),
     ("72,", None, "an unfinished group"), ("7万", None, "a scale in another script"),
     ("4 10/3", None, "improper mixed number"), ("\\boxed{7}\\boxed{2}", None, "two boxes"),
-    ("\\frac{1}{2}", None, "LaTeX fraction"), ("x^{72}", None, "exponent"), ("±5", None, "two values"),
+    ("\\frac{1}{2}", None, "LaTeX fraction"), ("x^{72}", None, "exponent"),
+    ("±5", None, "two values"),
 ]  # fmt: skip
 
 
@@ -122,14 +123,11 @@ def test_last_number(text, number, why):
 BLOCK = "<answer>{}</answer>".format
 VERDICTS = [  # completion, gold, strict, flexible, why
     (perfect(), "72", True, True, "perfect"), (BLOCK("72"), "72", True, True, "no reasoning"),
-    (BLOCK(" $1,080. "), "1080", True, True, "formatting of the completion"),
-    (BLOCK("1080"), "1,080", True, True, "formatting of the gold"),
     (BLOCK("-5"), "\u22125", True, True, "sign of the gold"),
     (BLOCK("72"), "working #### 72", True, True, "a whole GSM8K solution as gold"),
-    (BLOCK("18.00"), "18", True, True, "a string comparison would fail"),
-    (BLOCK("12"), "2", False, False, "gold as a substring"),
+    (perfect("70", "or 72?"), "72", False, False, "gold in the reasoning"),
+    ("#### 72", "72", False, True, "a number outside every tag"),
     (BLOCK("70"), "72", False, False, "wrong"), (BLOCK("-72"), "72", False, False, "sign"),
-    (BLOCK("72.0000000000000000001"), "72", False, False, "a float comparison would pass"),
     (BLOCK("72") + BLOCK("73"), "72", False, False, "two blocks are a hedge"),
     (BLOCK("73") + BLOCK("72"), "72", False, True, "flexible takes the last number then"),
     (BLOCK("72") * 2, "72", False, True, "two equal blocks are still two"),
@@ -147,6 +145,7 @@ VERDICTS = [  # completion, gold, strict, flexible, why
                          ids=[row[-1] for row in VERDICTS])
 def test_is_correct(text, gold, strict, flexible, why):
     assert (is_correct(text, gold), is_correct(text, gold, mode="flexible")) == (strict, flexible)
+    assert value("correctness_reward_func", text, gold) == strict
 
 
 def test_is_correct_reads_either_format_and_refuses_other_modes():
@@ -168,7 +167,7 @@ def test_extractors():
 # ---- Reward functions ----------------------------------------------------------------------------
 INLINE = "<reasoning>48 / 2 = 24</reasoning><answer>72</answer>"
 FORMAT_ROWS = [  # text, strict, soft, tag count, why
-    (perfect(), 0.5, 0.5, 0.5, "perfect earns strict and soft together"),
+    (perfect(), 0.5, 0.5, 0.5, "perfect, where some charge the whole text: no final newline"),
     (perfect() + "\n", 0.5, 0.5, 0.5, "final newline"), ("\n" + perfect(), 0.5, 0.5, 0.5, "first"),
     (perfect(reasoning="a\n\nb\nc"), 0.5, 0.5, 0.5, "multi-line reasoning, where . fails"),
     (perfect(answer="70"), 0.5, 0.5, 0.5, "format does not judge the answer"),
@@ -181,7 +180,8 @@ FORMAT_ROWS = [  # text, strict, soft, tag count, why
     (perfect(answer=" "), 0.0, 0.0, 0.5, "empty answer"),
     (perfect() * 2, 0.0, 0.0, 0.0, "repeated blocks"),
     (BLOCK("72"), 0.0, 0.0, 0.25, "no reasoning"), ("72", 0.0, 0.0, 0.0, "no tags"),
-    ("<answer>", 0.0, 0.0, 0.125, "one tag"), ("", 0.0, 0.0, 0.0, "empty"),
+    ("<answer>", 0.0, 0.0, 0.125, "one tag"),
+    ("<answer>" * 9, 0.0, 0.0, 0.0, "a tag paid anew each time"), ("", 0.0, 0.0, 0.0, "empty"),
     (perfect() + "x" * 10**4, 0.0, 0.5, 0.4, "the charge for trailing text is bounded"),
     (BLOCK("72") + "\n<reasoning>\na\n</reasoning>", 0.0, 0.0, 0.5, "wrong order"),
     (BLOCK("72") + f"<reasoning>{'a' * 99}</reasoning>", 0.0, 0.0, 0.5, "its length is no matter"),
@@ -227,31 +227,36 @@ def test_cookbook_rewards(text, gold, correctness, extraction, approximate, why)
         correctness, extraction, approximate]
 
 
-@pytest.mark.parametrize("text, expected, why", [
-    (perfect(), 0.5, "integer"), (perfect("1,080"), 0.5, "comma"), (perfect("72.0"), 0.5, ".0"),
-    (perfect("72.5"), 0.0, "decimals"), (perfect("many"), 0.0, "words"), ("72", 0.0, "no block"),
-    (perfect() * 2, 0.0, "two blocks"), (perfect("9" * 99), 0.5, "longer than a float's digits"),
-])
-def test_int_reward(text, expected, why):
-    assert value("int_reward_func", text) == expected, why
+ANSWERS = [  # answer in perfect format, gold, right, integer, what other graders stumble over
+    ("1,080", "1080", 1, 1, "a comma"), ("1080", "1,080", 1, 1, "a comma in the gold"),
+    ("$72", "72", 1, 1, "a currency sign"), ("72.", "72", 1, 1, "a trailing period"),
+    ("18.00", "18", 1, 1, "a string comparison fails"), ("-7", "-7", 1, 1, "a sign"),
+    ("18.0000000000000001", "18", 0, 0, "a float comparison passes"),
+    ("\u22127", "-7", 1, 1, "U+2212 for minus"), ("**73**", "73", 1, 1, "bold"),
+    ("2 2/3", "2", 0, 0, "a part of a mixed number"), ("12", "2", 0, 1, "gold as a substring"),
+    ("", "72", 0, 0, "the empty substring"), ("7\n2", "72", 0, 0, "two lines"),
+    ("72", "unknown", 0, 1, "an unreadable gold pays nobody, some pay everybody"),
+    ("72.5", "72.5", 1, 0, "no integer"), ("many", "many", 0, 0, "no number"),
+    ("9" * 5000, "9" * 5000, 1, 1, "longer than int() reads"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, gold, right, integer, why", ANSWERS, ids=[r[-1] for r in ANSWERS])
+def test_correctness_and_integer_rewards(answer, gold, right, integer, why):
+    assert value("correctness_reward_func", perfect(answer), gold) == right
+    assert value("int_reward_func", perfect(answer), gold) == 0.5 * integer
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("name", MAXIMUM)
-def test_a_perfect_answer_earns_every_maximum(name, fmt):
-    assert value(name, perfect(fmt=fmt), fmt=fmt) == MAXIMUM[name]
-    assert set(MAXIMUM) == set(REWARD_FUNCS)
-
-
-@pytest.mark.parametrize("name", MAXIMUM)
-@pytest.mark.parametrize("completion", [
-    perfect(), [{"role": "assistant", "content": perfect()}],
-    [{"role": "assistant", "content": "no"}, {"role": "user", "content": "again"},
-     {"role": "assistant", "content": perfect()}],
-    [{"role": "assistant", "content": [{"type": "text", "text": perfect()}]}],
-], ids=["string", "conversation", "last assistant message", "parts"])
-def test_completions_as_strings_and_conversations(name, completion):
-    assert value(name, completion) == MAXIMUM[name]
+@pytest.mark.parametrize("messages", [
+    "{}", [("assistant", "{}")], [("assistant", [{"type": "text", "text": "{}"}])],
+    [("assistant", "no"), ("user", "again"), ("assistant", "{}"), ("tool", "done")],
+], ids=["string", "conversation", "parts", "last assistant message"])
+def test_a_perfect_answer_earns_every_maximum(messages, fmt):
+    dump = json.dumps(messages if isinstance(messages, str) else [
+        {"role": role, "content": content} for role, content in messages])
+    completion = json.loads(dump.replace('"{}"', json.dumps(perfect(fmt=fmt))))
+    assert {name: value(name, completion, fmt=fmt) for name in REWARD_FUNCS} == MAXIMUM
 
 
 @pytest.mark.parametrize("answer", [["1"], ["1", "2", "3"], []])
@@ -263,44 +268,12 @@ def test_a_misaligned_answer_column_raises_with_both_lengths(answer):
             REWARD_FUNCS[name](["", ""], ["a", "b"], solution=["1", "2"])
 
 
-FAULTS = [  # what graders, format checks and rewards of other projects get wrong
-    ("correctness_reward_func", perfect("1,080"), "1080", 1.0, "a comma"),
-    ("correctness_reward_func", perfect("1080"), "1,080", 1.0, "a comma in the gold"),
-    ("correctness_reward_func", perfect("$72"), "72", 1.0, "a currency sign"),
-    ("correctness_reward_func", perfect("72."), "72", 1.0, "a trailing period"),
-    ("correctness_reward_func", perfect("18.00"), "18", 1.0, "compared as strings"),
-    ("correctness_reward_func", perfect("18.0000000000000001"), "18", 0.0, "compared as floats"),
-    ("correctness_reward_func", perfect("-7"), "-7", 1.0, "a sign"),
-    ("correctness_reward_func", perfect("\u22127"), "-7", 1.0, "U+2212 for minus"),
-    ("correctness_reward_func", perfect("**73**"), "73", 1.0, "bold"),
-    ("correctness_reward_func", perfect("2 2/3"), "2", 0.0, "a part of a mixed number"),
-    ("correctness_reward_func", perfect("12"), "2", 0.0, "the gold as a substring"),
-    ("correctness_reward_func", perfect(""), "72", 0.0, "the empty string as a substring"),
-    ("correctness_reward_func", perfect("70", "or 72?"), "72", 0.0, "the gold in the reasoning"),
-    ("correctness_reward_func", perfect("73") + BLOCK("72"), "72", 0.0, "two answer blocks"),
-    ("correctness_reward_func", "#### 72", "72", 0.0, "a number outside every tag"),
-    ("correctness_reward_func", perfect(), "unknown", 0.0, "full reward where the gold is unread"),
-    ("soft_format_reward_func", perfect(reasoning="a\nb\n\nc"), "72", 0.5, ". stops at a newline"),
-    ("strict_format_reward_func", perfect(), "72", 0.5, "final newline required"),
-    ("strict_format_reward_func", perfect("7\n2"), "72", 0.5, "one line required"),
-    ("strict_format_reward_func", perfect() * 2, "72", 0.0, "several blocks pass"),
-    ("xmlcount_reward_func", perfect(), "72", 0.5, "whole text charged as trailing: -0.55"),
-    ("xmlcount_reward_func", "<answer>" * 9, "72", 0.0, "each tag paid anew"),
-    ("check_numbers_extraction", perfect("70") + " 72", "72", 0.0, "the last number of the text"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, text, gold, expected, why", FAULTS, ids=[r[-1] for r in FAULTS])
-def test_faults_of_other_projects(name, text, gold, expected, why):
-    assert value(name, text, gold) == expected, why
-
-
 def test_a_fault_in_the_data_or_the_code_raises_instead_of_scoring_zero():
-    for func in REWARD_FUNCS.values():
+    for name in REWARD_FUNCS:
         with pytest.raises(KeyError, match="yaml"):
-            func([""], ["72"], answer=["72"], fmt="yaml")
+            value(name, "72", fmt="yaml")
         with pytest.raises(AttributeError):
-            func([""], [[72]], answer=["72"])
+            value(name, [72])
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -316,7 +289,8 @@ REASONS = [
     (BLOCK("many"), "int_reward_func", "the answer 'many' is not one number"),
     (INLINE, "strict_format_reward_func", "<reasoning> is not alone on its line"),
     (perfect(reasoning=""), "soft_format_reward_func", "the reasoning is empty"),
-    (BLOCK("72") + "!", "xmlcount_reward_func", "2 of 4 tags occur once, 1 characters follow the last"),
+    (BLOCK("72") + "!", "xmlcount_reward_func",
+     "2 of 4 tags occur once, 1 characters follow the last"),
     (perfect("70"), "check_answer_correctness", "the answer is 70, the gold is 72: within 10 %"),
     ("<answer>70", "check_numbers_extraction", "after <answer> stands 70, not the gold"),
 ]  # fmt: skip
@@ -331,7 +305,7 @@ def test_explain_gives_the_values_of_the_rewards_and_a_reason_each(text, name, w
 
 
 def test_examples_in_the_docstrings():
-    assert doctest.testmod(rewards) == (0, 6)
+    assert doctest.testmod(rewards).failed == 0
 
 
 # ---- What holds for every recipe -----------------------------------------------------------------
@@ -424,16 +398,18 @@ def test_nothing_added_to_a_finished_completion_earns_more(extra, fmt, answer):
             assert value(name, text, fmt=fmt) <= best, name
 
 
-SHAPES = [WHOLE, "{0}w{1}", "{0}w", "{2}100{3}{0}w{1}", "{0}w{1}{2}100", "{0}w{2}100{3}", "w{2}1{3}"]
+SHAPES = [
+    WHOLE, "{0}w{1}", "{0}w", "{2}100{3}{0}w{1}", "{0}w{1}{2}100", "{0}w{2}100{3}", "w{2}1{3}",
+]  # fmt: skip
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(alphabet="abc 123=+\n", max_size=300), st.sampled_from(SHAPES), FMT)
 def test_no_value_depends_on_the_reasonings_length(reasoning, shape, fmt):
-    short = shape.format(*FORMATS[fmt].tags)
+    short, long = (shape.replace("w", working).format(*FORMATS[fmt].tags)
+                   for working in ("a", f"a{reasoning}b"))
     for name in REWARD_FUNCS:
-        longer = value(name, short.replace("w", f"a{reasoning}b", 1), "100", fmt)
-        assert longer == value(name, short.replace("w", "a", 1), "100", fmt), name
+        assert value(name, long, "100", fmt) == value(name, short, "100", fmt), name
 
 
 @settings(max_examples=100, deadline=None)
@@ -477,12 +453,13 @@ def test_all_gsm8k_golds():
 
 # ---- Cost ----------------------------------------------------------------------------------------
 HOSTILE = {
-    "opening tags": "<answer>", "closing tags": "</answer>", "all tags": "".join(FORMATS["xml"].tags),
-    "nested": "<reasoning><answer>", "half tags": "<answer", "digits": "9", "numbers": "7 ",
-    "commas": "1,", "groups": ",123", "decimals": ".5", "dots": ".", "equations": "=", "signs": "-",
-    "minus signs": "\u2212", "currency": "$", "words": "a ", "hyphens": "a-", "newlines": "\n",
-    "spaces": " ", "no-break spaces": "\u00a0", "boxes": "\\boxed{", "backslashes": "\\",
-    "braces": "{,}", "stars": "*", "hashes": "#", "emoji": "😀",
+    "opening tags": "<answer>", "closing tags": "</answer>",
+    "all tags": "<reasoning></reasoning><answer></answer>", "nested": "<reasoning><answer>",
+    "half tags": "<answer", "digits": "9", "numbers": "7 ", "commas": "1,", "groups": ",123",
+    "decimals": ".5", "dots": ".", "equations": "=", "signs": "-", "minus signs": "\u2212",
+    "currency": "$", "words": "a ", "hyphens": "a-", "newlines": "\n", "spaces": " ",
+    "no-break spaces": "\u00a0", "boxes": "\\boxed{", "backslashes": "\\", "braces": "{,}",
+    "stars": "*", "hashes": "#", "emoji": "😀",
 }  # fmt: skip
 FUNCTIONS = {
     **{name: lambda text, name=name: value(name, text) for name in REWARD_FUNCS},
@@ -542,11 +519,12 @@ def benchmark(n: int = 400) -> None:
     rows = generate_questions(n)
     golds = [extract_hash_answer(row["answer"]) for row in rows]
     texts = {fmt: [] for fmt in FORMATS}
-    for fmt, made in texts.items():
-        for i, (gold, row) in enumerate(zip(golds, rows)):
-            worked = row["answer"].rpartition("####")[0]
-            whole = perfect(gold if i % 4 != 1 else "7", worked, fmt)
-            made.append((whole, whole, whole.replace("\n", " "), f"{worked} So it is {gold}.")[i % 4])
+    for i, (gold, row) in enumerate(zip(golds, rows)):
+        worked = f"{row['question']} Step by step:\n{row['answer'].rpartition('####')[0]}"
+        for fmt, made in texts.items():
+            whole, wrong = perfect(gold, worked, fmt), perfect("7", worked, fmt)
+            kinds = whole, wrong, whole.replace("\n", " "), f"{worked} So it is {gold}."
+            made.append(kinds[i % len(kinds)])
     speeds = {}
     for name, func in REWARD_FUNCS.items():
         made = texts[inspect.signature(func).parameters["fmt"].default]
