@@ -229,6 +229,7 @@ def _reward(fmt: str, needs_gold: bool):
         def reward_func(prompts, completions, answer=(), fmt=default_fmt, **kwargs) -> list[float]:
             if not needs_gold:
                 answer = [""] * len(completions)
+            answer = () if answer is None else answer
             if len(answer) != len(completions):
                 raise ValueError(f"{len(completions)} completions but {len(answer)} answers: the "
                                  "data set needs a column 'answer' with one gold a question")
