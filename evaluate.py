@@ -33,7 +33,8 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     z, p = 1.959964, successes / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # The bounds of none and all are 0 and 1 exactly, which rounding would miss by 1e-16.
+    return middle - half if successes else 0.0, middle + half if successes < n else 1.0
 
 
 def mcnemar(before: list, after: list) -> float:

@@ -378,9 +378,9 @@ def finish(args, run: dict, model, run_dir: Path, watch) -> None:
     from evaluate import report
     from report import draw, show_one_question, write_html
 
+    directory = save(args, run, model, run_dir)  # first: nothing after it can cost the adapter
     draw(run_dir, run["stages"])
     write_html(run_dir, args.format)
-    directory = save(args, run, model, run_dir)
     if len(run["stages"]) > 1:
         report(run["stages"], run_dir / "evaluation.json")
         show_one_question(*list(run["stages"].values())[:: len(run["stages"]) - 1])

@@ -361,7 +361,8 @@ def test_generated_questions_hold_out_names_numbers_and_templates():
 
 # ---- Watching and measuring ----------------------------------------------------------------------
 def test_statistics_match_published_values():
-    assert evaluate.wilson(0, 20)[0] == 0 and evaluate.wilson(20, 20)[1] == 1
+    for n in range(1, 200):
+        assert evaluate.wilson(0, n)[0] == 0 and evaluate.wilson(n, n)[1] == 1
     assert [round(x, 3) for x in evaluate.wilson(81, 263)] == [0.255, 0.366]  # Newcombe 1998
     assert round(evaluate.mcnemar([1] * 5 + [0] * 15, [0] * 5 + [1] * 15), 4) == 0.0414  # binomial
     assert evaluate.mcnemar([1, 0], [1, 0]) == 1.0
@@ -429,6 +430,14 @@ def test_the_best_validated_weights_are_put_back(tmp_path):
         watch.on_step_end(None, state, control, model=model)
     watch.on_train_end(None, state, control, model=model)
     assert model.w.item() == 2.0 and "kept: step 2" in watch.summary()[0]
+
+
+def test_a_picture_of_a_run_where_all_is_right(tmp_path):
+    from report import draw
+
+    row = {"strict": 1, "flexible": 1, "format": 1, "truncated": 0, "tokens": 9}
+    picture = draw(tmp_path, {"before": [row] * 128, "after GRPO": [row] * 128})
+    assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_completions_page_escapes_text_and_marks_right_and_wrong(tmp_path):
