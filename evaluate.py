@@ -113,7 +113,8 @@ def evaluate(
             )
         results.append(result)
     if path:
-        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results))
+        lines = (json.dumps(result, ensure_ascii=False) + "\n" for result in results)
+        path.write_text("".join(lines), encoding="utf-8")
     return results
 
 
@@ -185,7 +186,8 @@ def report(stages: dict[str, list[dict]], path: Path | None = None) -> list[str]
     print("\n".join(sentences))
     if path:
         record = {"stages": summaries, "changes": changes}
-        path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(record, indent=2, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
     return sentences
 
 

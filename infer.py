@@ -17,7 +17,7 @@ from pathlib import Path
 
 from models import (
     adapter_base, build_prompt, choose_dtype, complete, find_model, load_adapter, load_model,
-    load_tokenizer, quiet_libraries, read_adapter, stop,
+    load_tokenizer, quiet_libraries, read_adapter, read_run, stop,
 )
 from options import OneLineParser, number
 from rewards import FORMATS, answer_block
@@ -59,8 +59,9 @@ def read_questions(args) -> list[str]:
     elif not args.file.is_file():
         stop(f"no file {args.file}")
     elif args.file.suffix == ".jsonl":
-        lines = [question_of(text, i, args.file) for i, text in
-                 enumerate(args.file.read_text(encoding="utf-8").splitlines(), 1) if text.strip()]
+        with args.file.open(encoding="utf-8") as file:
+            lines = [question_of(text, i, args.file) for i, text in enumerate(file, 1)
+                     if text.strip()]
     elif args.file.suffix == ".csv":
         with args.file.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
@@ -85,16 +86,10 @@ def choose_model(args) -> tuple[str, Path | None, dict, str]:
     adapter = None if args.model and not args.adapter else args.adapter or newest_adapter()
     if adapter is None:
         load_from, name = find_model(args.model)
-        return load_from, None, read_run(args.model), f"model {name}"
+        return load_from, None, read_run(Path(args.model)), f"model {name}"
     record = read_adapter(adapter)
     load_from, name = find_model(adapter_base(adapter, record, args.model))
     return load_from, adapter, record["run"], f"adapter {adapter} on {name}"
-
-
-def read_run(model: str) -> dict:
-    """The options of a fully trained model's run; {} for any other model."""
-    path = Path(model) / "args.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def show(question: str, completion, fmt: str, as_json: bool, many: bool) -> None:

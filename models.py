@@ -227,19 +227,28 @@ def read_adapter(directory: Path) -> dict:
     config = Path(directory) / "adapter_config.json"
     if not config.is_file():
         stop(f"{directory} is no adapter directory: it has no adapter_config.json")
-    record = json.loads(config.read_text())
-    for run in (Path(directory) / "args.json", Path(directory).parent / "args.json"):
-        if run.is_file():
-            return record | {"run": json.loads(run.read_text())}
-    return record | {"run": {}}
+    try:
+        record = json.loads(config.read_text())
+    except ValueError as problem:
+        stop(f"{config} is no JSON: {problem}")
+    return record | {"run": read_run(directory) or read_run(directory.parent)}
+
+
+def read_run(directory: Path) -> dict:
+    """args.json of the run that made what lies in this directory; {} where there is none."""
+    path = directory / "args.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def adapter_base(directory: Path, record: dict, named: str | None) -> str:
     """The base model an adapter was trained on; stops where the user named another one."""
     base = record["run"].get("base_model") or record.get("base_model_name_or_path")
-    if named and base not in (named, str(Path(named).resolve())):
+    if base is None and not named:
+        stop(f"{directory} does not say what it was trained on; name its base with --model")
+    moved = base is None or base.startswith("/") and not Path(base).exists()
+    if named and not moved and base not in (named, str(Path(named).resolve())):
         stop(f"{directory} was trained on {base}, not on {named}; leave out --model")
-    return base
+    return named or base
 
 
 def load_adapter(model, directory: Path):
@@ -289,6 +298,7 @@ def complete(
     sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    sampling["repetition_penalty"] = 1.0  # some models ship another one; training has none
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     done: list[Completion | None] = [None] * len(texts)

@@ -69,7 +69,7 @@ RECIPES = {
 }
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 FREE_ON_RESUME = {"resume", "max_steps", "save_steps", "report_to", "project_name", "config",
-                  "output_dir", "no_trackio", "dry_run", "typed"}
+                  "output_dir", "no_trackio", "dry_run", "typed", "argv"}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -181,11 +181,12 @@ def parse_options(argv: list[str] | None, description: str) -> argparse.Namespac
     parser = build_parser(description)
     given = parser.parse_args(argv)
     if given.config:
-        argv = read_config(given.config) + argv
+        argv = read_config(given.config, parser) + argv
         given = parser.parse_args(argv)
     recipe = given.recipe or ("qwen-3b" if has_gpu() else "smollm2-135m")
     parser.set_defaults(**RECIPES[recipe])
     args = parser.parse_args(argv)
+    args.argv = [word for word in argv if word != "--resume"]
     args.typed = sorted({w[2:].partition("=")[0].replace("-", "_") for w in argv if w[:2] == "--"})
     args.recipe, args.model_named = recipe, given.model is not None
     args.dataset_named, args.dataset = args.dataset is not None, args.dataset or GSM8K
@@ -224,6 +225,8 @@ def check(args) -> None:
         stop(f"--lora-dropout {args.lora_dropout:g} is not below 1")
     if args.adapter and not args.evaluate_only:
         stop("--adapter goes with --evaluate-only; to go on with a run, --resume")
+    if args.dtype == "float16" and not args.evaluate_only and (args.full_finetune or not has_gpu()):
+        stop("training in float16 needs a GPU and LoRA: take --dtype float32 or bfloat16")
     if args.load_in_4bit and args.full_finetune:
         stop("4-bit weights can't be trained in full: --no-load-in-4bit or --no-full-finetune")
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
@@ -232,7 +235,7 @@ def check(args) -> None:
         stop("bitsandbytes is missing: pip install bitsandbytes, or --no-load-in-4bit")
 
 
-def read_config(path: str) -> list[str]:
+def read_config(path: str, parser) -> list[str]:
     """A YAML file of options as a command line, so that both are checked alike."""
     import yaml
 
@@ -245,8 +248,13 @@ def read_config(path: str) -> list[str]:
     argv = []
     for name, value in options.items():
         flag = "--" + str(name).replace("_", "-")
-        if isinstance(value, bool):
-            argv += [flag] if value else [flag.replace("--", "--no-", 1)]
+        no_flag = flag.replace("--", "--no-", 1)
+        if isinstance(value, bool):  # false of a flag without its --no- form is its default
+            flags = parser._option_string_actions
+            argv += [flag] if value else [] if flag in flags and no_flag not in flags else [no_flag]
+        elif name == "set":
+            for pair in value if isinstance(value, list) else [value]:
+                argv += ["--set", str(pair)]
         else:
             argv += [flag, *map(str, value if isinstance(value, list) else [value])]
     return argv

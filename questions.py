@@ -70,14 +70,18 @@ def read_rows(path: Path) -> list[dict]:
 
             rows = pyarrow.parquet.read_table(path).to_pylist()
         elif path.suffix == ".csv":
-            rows = list(csv.DictReader(path.open(newline="", encoding="utf-8"), strict=True))
+            with path.open(newline="", encoding="utf-8") as file:
+                for row in (reader := csv.DictReader(file, strict=True)):
+                    line_number = reader.line_num
+                    rows.append(row)
         elif path.suffix == ".json":
             rows = json.loads(path.read_text(encoding="utf-8"))
         else:
-            for line in path.read_text(encoding="utf-8").splitlines():
-                line_number += 1
-                if line.strip():
-                    rows.append(json.loads(line))
+            with path.open(encoding="utf-8") as file:  # splitlines() would also split at U+2028
+                for line in file:
+                    line_number += 1
+                    if line.strip():
+                        rows.append(json.loads(line))
     except (ValueError, csv.Error, OSError) as problem:
         line = line_number or getattr(problem, "lineno", 0)
         stop(f"{path}{f', line {line}' if line else ''} is malformed: {problem}")

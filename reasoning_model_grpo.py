@@ -16,24 +16,29 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import rewards
 from models import (
     adapter_base, choose_dtype, complete, count_parameters, find_model, has_gpu, is_main_process,
     load_adapter, load_model, load_tokenizer, peak_memory_gb, quiet_libraries, read_adapter,
-    render_prompts, stop,
+    read_run, render_prompts, stop,
 )
-from options import FREE_ON_RESUME, completions_a_step, did_you_mean, parse_options, record
+from options import (
+    FREE_ON_RESUME, completions_a_step, did_you_mean, parse_options, processes, record,
+)
 from questions import add_prompts, load_questions, rendered
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 STAGES = {"before": "before", "warm_start": "after warm start", "after": "after GRPO"}
 COMPLETION = {"generated": 72}
+CHECKPOINTS = "checkpoint-*/trainer_state.json"  # written last, so what has it is whole
 WARM_START_BATCH = 8  # worked solutions a supervised step
 
 
@@ -54,9 +59,9 @@ def find_reward(name: str):
              f"{', '.join(rewards.REWARD_FUNCS)}, or write FILE.py:function")
     if not Path(file).is_file():
         stop(f"reward {name}: no file {file}; write FILE.py:function")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
     try:
+        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except Exception as problem:  # the user's file may fail in any way
         stop(f"reward {name}: {file} fails with {type(problem).__name__}: {problem}")
@@ -73,7 +78,12 @@ def prepare(args) -> dict:
     journal = {"values": {}}
     run = {"journal": journal, "reward_funcs": load_rewards(args, journal), "stages": {}}
     run["load_from"], run["base"] = find_model(args.model, args.model_named)
-    config = AutoConfig.from_pretrained(run["load_from"])
+    try:
+        config = AutoConfig.from_pretrained(run["load_from"])
+        run["parameters"] = count_parameters(config)
+        run["tokenizer"] = load_tokenizer(run["load_from"], args.chat_template)
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        stop(f"{args.model} is no chat model that can be loaded: {problem}")
     train, test = load_questions(args)
     # 99 % of the generated questions' worked solutions have at most 53 tokens, GSM8K's 254.
     args.max_completion_length = args.max_completion_length or COMPLETION.get(args.dataset, 256)
@@ -81,10 +91,8 @@ def prepare(args) -> dict:
     if context and args.max_prompt_length + args.max_completion_length > context:
         stop(f"--max-prompt-length {args.max_prompt_length} + --max-completion-length "
              f"{args.max_completion_length} exceed the model's context of {context} tokens")
-    run["parameters"] = count_parameters(config)
     run["dtype"] = choose_dtype(args.dtype)
     run["config"] = grpo_config(args, run["dtype"], "unused")
-    run["tokenizer"] = load_tokenizer(run["load_from"], args.chat_template)
     shots = [question for question in train if question["solution"]][: args.few_shot]
     if len(shots) < args.few_shot:
         stop(f"--few-shot {args.few_shot}, but {len(shots)} questions have a worked solution")
@@ -111,17 +119,23 @@ def prepare(args) -> dict:
 def try_rewards(run: dict) -> None:
     """Call each reward once, as TRL will, so that a faulty one is named before an hour is spent."""
     rows = run["train"][:2]
-    columns = {name: [row[name] for row in rows] for name in ("question", "answer")}
-    texts = [[{"role": "assistant", "content": row["solution"] or "1"}] for row in rows]
     for func in run["reward_funcs"]:
-        func([row["prompt"] for row in rows], texts, completion_ids=[[1] for _ in rows], **columns)
+        call_reward(func, rows, [row["solution"] or "1" for row in rows])
+
+
+def call_reward(func, rows: list[dict], texts: list[str]) -> list[float]:
+    """Call a reward with all that TRL gives it."""
+    columns = {name: [row[name] for row in rows] for name in ("question", "answer")}
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    return func(prompts=[row["prompt"] for row in rows], completions=completions, **columns,
+                completion_ids=[[1] for _ in rows], trainer_state=None,
+                log_extra=lambda *_: None, log_metric=lambda *_: None)
 
 
 def grpo_config(args, dtype: str, output_dir: str):
     """TRL's GRPOConfig: the options, then our own defaults, which --set may change."""
     import dataclasses
 
-    import yaml
     from trl import GRPOConfig
 
     cpu = not has_gpu()
@@ -147,7 +161,10 @@ def grpo_config(args, dtype: str, output_dir: str):
             stop(f"--set {name}: GRPOConfig has no such field{did_you_mean(name, known)}")
         if not equals or name in ours:
             stop(f"--set {pair}: {'it has an option of its own' if equals else 'write NAME=VALUE'}")
-        fields[name] = yaml.safe_load(value)
+        try:
+            fields[name] = json.loads(value)
+        except ValueError:
+            fields[name] = value
         if isinstance(known[name], (int, float)) and not isinstance(fields[name], (int, float)):
             stop(f"--set {pair}: {name} is a number or true/false, by default {known[name]}")
     try:
@@ -216,7 +233,7 @@ def choose_run_dir(args) -> Path:
     wanted = Path(args.output_dir or f"outputs/{args.recipe}")
     if args.resume:
         runs = [wanted] if args.output_dir else list(wanted.parent.glob(f"{wanted.name}*"))
-        runs = [run for run in runs if any(run.glob("checkpoint-*"))]
+        runs = [run for run in runs if any(run.glob(CHECKPOINTS))]
         return max(runs, key=lambda run: run.stat().st_mtime) if runs else stop(
             f"no checkpoint in {wanted}; start without --resume")
     number, path = 1, wanted
@@ -242,7 +259,11 @@ def newest_checkpoint(args, run_dir: Path) -> Path:
     if differ:
         changes = ", ".join(f"{name} was {before.get(name)}, now {now[name]}" for name in differ)
         stop(f"--resume of {run_dir} with other options: {changes}")
-    return max(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    done, newest = max((int(path.parent.name.partition("-")[2]), path.parent)
+                       for path in run_dir.glob(CHECKPOINTS))
+    if done >= args.max_steps:
+        stop(f"{run_dir} has done its {done} steps; give a higher --max-steps")
+    return newest
 
 
 def write_record(args, run: dict, directory: Path) -> None:
@@ -287,7 +308,7 @@ def measure(stage: str, args, run: dict, model, run_dir: Path) -> None:
     path = run_dir / f"evaluation_{stage}.jsonl"
     if not run["test"] or not is_main_process():
         return
-    if not path.is_file():
+    if stage == "after" or not path.is_file():
         evaluate(model, run["tokenizer"], run["test"], args.format, path=path,
                  max_tokens=args.max_completion_length, label=f"evaluating {STAGES[stage]}")
     run["stages"][STAGES[stage]] = read_jsonl(path)
@@ -323,9 +344,8 @@ def sample_before_training(args, run: dict, model) -> None:
     prompts = [row["prompt"] for row in rows]
     completions = complete(model, run["tokenizer"], prompts, temperature=args.temperature,
                            max_tokens=args.max_completion_length)
-    columns = {name: [row[name] for row in rows] for name in ("question", "answer")}
-    texts = [[{"role": "assistant", "content": completion.text}] for completion in completions]
-    values = {func.__name__: func(prompts, texts, **columns) for func in run["reward_funcs"]}
+    texts = [completion.text for completion in completions]
+    values = {func.__name__: call_reward(func, rows, texts) for func in run["reward_funcs"]}
     if is_main_process():
         show_samples(rows, completions, values, args.reward_weights, args.format)
     if all(len(set(column)) == 1 for column in values.values()):
@@ -358,6 +378,9 @@ def train(args, run: dict, model, run_dir: Path, checkpoint: Path | None):
 
 def save(args, run: dict, model, run_dir: Path) -> Path:
     """The adapter (or the whole model), its tokenizer and args.json, ready for infer.py."""
+    from report import write_html
+
+    write_html(run_dir, args.format)
     directory = run_dir / ("final_model" if args.full_finetune else "grpo_saved_lora")
     if args.full_finetune:
         model.save_pretrained(str(directory))
@@ -373,14 +396,12 @@ def save(args, run: dict, model, run_dir: Path) -> Path:
 
 
 # ---- The end -------------------------------------------------------------------------------------
-def finish(args, run: dict, model, run_dir: Path, watch) -> None:
-    """Save, draw, and say what came of it and what to type next."""
+def finish(args, run: dict, directory: Path, run_dir: Path, watch) -> None:
+    """Draw, and say what came of it and what to type next."""
     from evaluate import report
-    from report import draw, show_one_question, write_html
+    from report import draw, show_one_question
 
-    directory = save(args, run, model, run_dir)  # first: nothing after it can cost the adapter
     draw(run_dir, run["stages"])
-    write_html(run_dir, args.format)
     if len(run["stages"]) > 1:
         report(run["stages"], run_dir / "evaluation.json")
         show_one_question(*list(run["stages"].values())[:: len(run["stages"]) - 1])
@@ -389,7 +410,9 @@ def finish(args, run: dict, model, run_dir: Path, watch) -> None:
     print(f"{minutes:.1f} minutes, peak memory {peak_memory_gb():.1f} GB. In {run_dir}: "
           f"{directory.name}/, progress.png, completions.html, metrics.jsonl, evaluation files")
     if watch.interrupted:
-        print(f"go on with: python {' '.join(sys.argv)} --resume --output-dir {run_dir}")
+        start = f"accelerate launch --num_processes {processes()}" if processes() > 1 else "python"
+        again = shlex.join([*args.argv, "--resume", "--output-dir", str(run_dir)])
+        print(f"go on with: {start} reasoning_model_grpo.py {again}")
     question = (run["test"] or run["train"])[0]["question"].replace('"', "'")
     flag = "--model" if args.full_finetune else "--adapter"
     print(f'ask it:     python infer.py {flag} {directory} "{question}"')
@@ -399,13 +422,14 @@ def evaluate_only(args) -> None:
     """Measure a base model, an adapter or a merged model, with the prompt it was trained with."""
     from evaluate import evaluate, report
 
-    base, trained, named = args.model, {}, args.model if args.model_named else None
+    base, trained = args.model, read_run(Path(args.model))
+    named = args.model if args.model_named else None
     if args.adapter:
         adapter = read_adapter(args.adapter)
         base, trained = adapter_base(args.adapter, adapter, named), adapter["run"]
     load_from, name = find_model(base, bool(args.adapter or named))
     for option in ("format", "chat_template", "max_completion_length", "dtype", "load_in_4bit"):
-        if option not in args.typed:  # as it was trained, unless told otherwise
+        if not {option, f"no_{option}"} & set(args.typed):  # as trained, unless told otherwise
             value = trained.get("options", {}).get(option, getattr(args, option))
             setattr(args, option, value)
     tokenizer = load_tokenizer(load_from, args.chat_template)
@@ -433,7 +457,8 @@ def main(argv: list[str] | None = None) -> None:
     begun, run_dir = time.time(), choose_run_dir(args)
     from accelerate import PartialState
 
-    with PartialState(cpu=not has_gpu()).main_process_first():  # it downloads, the others find it
+    # One process downloads, the others find it; later they wait while it evaluates, maybe hours.
+    with PartialState(cpu=not has_gpu(), timeout=timedelta(hours=12)).main_process_first():
         run = prepare(args) | {"begun": begun}
     checkpoint = newest_checkpoint(args, run_dir) if args.resume else None
     show_plan(args, run, run_dir)
@@ -443,16 +468,18 @@ def main(argv: list[str] | None = None) -> None:
     write_record(args, run, run_dir)
     model = load_policy(args, run)
     measure("before", args, run, model, run_dir)
-    if args.warm_start and not checkpoint:
-        warm_start(args, run, model, run_dir)
-        measure("warm_start", args, run, model, run_dir)
+    if args.warm_start:
+        if not checkpoint:
+            warm_start(args, run, model, run_dir)
+        measure("warm_start", args, run, model, run_dir)  # a resumed run reads what is there
     if not checkpoint:
         sample_before_training(args, run, model)
     watch = train(args, run, model, run_dir, checkpoint)
     if is_main_process():
+        directory = save(args, run, model, run_dir)  # first: nothing after it can cost the adapter
         if not watch.interrupted:
             measure("after", args, run, model, run_dir)
-        finish(args, run, model, run_dir, watch)
+        finish(args, run, directory, run_dir, watch)
 
 
 def show_prompt(run: dict) -> None:

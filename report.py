@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -51,14 +52,19 @@ class CheckedReward:
         n = len(values) if isinstance(values, (list, tuple)) else 0
         if n != len(completions):
             stop(f"reward {self.label} returned {n} values for {len(completions)} completions")
-        for value in values:
-            if value is not None and (isinstance(value, str) or not hasattr(value, "__float__")):
-                stop(f"reward {self.label} returned {value!r}, which is no number")
-        self.journal["values"][self.__name__] = [None if v is None else float(v) for v in values]
+        numbers = [self.number(value) for value in values]
+        self.journal["values"][self.__name__] = numbers
         texts = map(completion_text, completions)
         self.journal["batch"] = list(zip(columns["question"], columns["answer"], texts))
         self.journal["ids"] = columns.get("completion_ids", [])
-        return self.journal["values"][self.__name__]
+        return numbers
+
+    def number(self, value) -> float | None:
+        """A finite float; None, which TRL leaves out of the sum, passes."""
+        with suppress(TypeError, ValueError, RuntimeError):
+            if value is None or not isinstance(value, str) and math.isfinite(float(value)):
+                return None if value is None else float(value)
+        stop(f"reward {self.label} returned {value!r}, which is no number")
 
 
 class RunWatch(TrainerCallback):
@@ -78,8 +84,8 @@ class RunWatch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.main = state.is_world_process_zero
-        for path in self.run_dir.glob("*.jsonl") if self.main else ():
-            forget_after(path, state.global_step)
+        for name in ("metrics.jsonl", "completions.jsonl") if self.main else ():
+            forget_after(self.run_dir / name, state.global_step)
         self.begun, self.first_step = time.time(), state.global_step
         self.bar = Progress(BarColumn(), TextColumn("{task.description}"), console=self.console,
                             disable=not (self.main and self.console.is_terminal))  # fmt: skip
@@ -140,7 +146,7 @@ class RunWatch(TrainerCallback):
         batch = self.journal.get("batch")
         if batch is None:
             return
-        with open(self.run_dir / "completions.jsonl", "a") as file:
+        with open(self.run_dir / "completions.jsonl", "a", encoding="utf-8") as file:
             for i, (question, gold, completion) in enumerate(batch[:COMPLETIONS_KEPT]):
                 values = {name: values[i] for name, values in self.journal["values"].items()}
                 row = {"step": step, "question": question, "gold": gold,
@@ -208,11 +214,11 @@ def show_samples(rows, completions, values: dict, weights: list[float], fmt: str
         if i and row["question"] == rows[i - 1]["question"]:
             continue
         reasons = explain(completion.text, row["answer"], fmt)
-        why = [f"{v[i]:g} {name}: {reasons.get(name, ('', 'your own'))[1]}"
+        why = [f"{v[i]} {name}: {reasons.get(name, ('', 'your own'))[1]}"
                for name, v in values.items()]
-        total = sum(weight * v[i] for weight, v in zip(weights, values.values()))
+        total = sum(weight * (v[i] or 0) for weight, v in zip(weights, values.values()))
         table.add_row(shorten(completion.text, 300), row["answer"], f"{total:g}", "\n".join(why))
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def show_one_question(before: list[dict], after: list[dict]) -> None:
@@ -316,9 +322,13 @@ def write_html(run_dir: Path, fmt: str, steps_shown: int = 8) -> Path:
 
 def forget_after(path: Path, step: int) -> None:
     """Drop the rows of steps that a resumed run is about to do again."""
-    kept = [row for row in read_jsonl(path) if row.get("step", 0) <= step]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    kept = [row for row in read_jsonl(path) if row["step"] <= step]
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:  # splitlines() would also split at U+2028
+        return [json.loads(line) for line in file]

@@ -31,6 +31,7 @@ CHEAP = ["--max-prompt-length", "800", "--max-steps", "2", "--batch-size", "4",
          "--gradient-accumulation-steps", "1",
          "--seed", "1", "--num-generations", "4", "--max-completion-length", "8",
          "--eval-questions", "4", "--warm-start", "0", "--dtype", "float32"]
+RECIPE = options.RECIPES["smollm2-135m"]
 NOISY = "noisy.py:vowels"  # a reward that differs even between random completions
 
 
@@ -73,7 +74,9 @@ def workplace(tmp_path, monkeypatch, tiny_model) -> Path:
         "def vowels(completions, **kwargs):\n"
         "    return [sum(c in 'aeiou0123' for c in m[-1]['content']) / 8 for m in completions]\n"
         "def short(completions, **kwargs):\n    return [0.0]\n"
-        "def words(completions, **kwargs):\n    return ['good' for _ in completions]\n")
+        "def words(completions, **kwargs):\n    return ['good' for _ in completions]\n"
+        "def infinite(completions, **kwargs):\n    return [1e999 for _ in completions]\n"
+        "def broken(completions, **kwargs):\n    return [1 / 0 for _ in completions]\n")
     rows = questions.generate_questions(40)
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
@@ -186,10 +189,13 @@ def test_resume_continues_and_refuses_other_options(trained, tiny_model, monkeyp
     monkeypatch.chdir(place)
     same = arguments(tiny_model, *RUN_OPTIONS, "--resume")
     line = stopped(capsys, script.main, [*same, "--learning-rate", "0.5"])
-    assert "learning_rate was 0.0001, now 0.5" in line
+    assert f"learning_rate was {RECIPE['learning_rate']}, now 0.5" in line
     before = Path("outputs/smollm2-135m/evaluation_before.jsonl").stat().st_mtime_ns
-    Path("outputs/smollm2-135m/evaluation_after.jsonl").unlink()
+    assert "has done its 2 steps" in stopped(capsys, script.main, same)
+    after = Path("outputs/smollm2-135m/evaluation_after.jsonl").stat().st_mtime_ns
     script.main([*same, "--max-steps", "3"])
+    assert Path("outputs/smollm2-135m/evaluation_after.jsonl").stat().st_mtime_ns > after
+    assert "after warm start" in Path("outputs/smollm2-135m/evaluation.json").read_text()
     steps = [json.loads(line)["step"] for line in
              Path("outputs/smollm2-135m/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
@@ -246,6 +252,7 @@ def test_a_taken_directory_gets_a_number(workplace):
 
 def test_config_file_gives_options_and_the_command_line_wins(workplace):
     Path("c.yaml").write_text("max_steps: 7\nlearning-rate: 0.003\nload-in-4bit: false\n"
+                              "dry-run: false\nset: [top_k=5, adam_epsilon=1e-6]\n"
                               "reward-funcs: [int_reward_func, correctness_reward_func]\n")
     args = script.parse_options(["--config", "c.yaml", "--max-steps", "9"], "")
     assert (args.max_steps, args.learning_rate) == (9, 0.003)
@@ -306,6 +313,9 @@ BAD = [  # what is typed beside a run that would work, what the one line must sa
     (["--few-shot", "50"], "have a worked solution"),
     (["--max-examples", "1", "--batch-size", "8"], "a step takes 2 questions, there are 1"),
     (["--load-in-4bit", "--full-finetune"], "can't be trained in full"),
+    (["--dtype", "float16"], "training in float16 needs a GPU"),
+    (["--reward-funcs", "noisy.py:infinite"], "returned inf, which is no number"),
+    (["--reward-funcs", "noisy.py:broken"], "fails with ZeroDivisionError"),
 ]
 
 
