@@ -254,7 +254,8 @@ def draw(run_dir: Path, stages: dict[str, list[dict]]) -> Path | None:
         low, high = ([m + sign * s for m, s in zip(mean, spread)] for sign in (-1, 1))
         rewards.fill_between(steps, low, high, color=color, alpha=0.08)
     rewards.set(title="Rewards: mean, and one standard deviation", xlabel="GRPO step")
-    rewards.legend(fontsize=8)
+    if names:
+        rewards.legend(fontsize=8)
     mean_length = [row.get("completions/mean_length") for row in log]
     lengths.plot(steps, mean_length, color=BLUE, label="mean tokens")
     lengths.set(title="Completion length", xlabel="GRPO step", ylabel="tokens", ylim=(0, None))

@@ -553,7 +553,8 @@ def test_two_processes_train_and_only_one_speaks(workplace, tiny_model):
     # --multi_gpu is what makes accelerate start several processes; without a GPU they use gloo.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
                "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-               "--dynamo_backend", "no", str(HERE / "reasoning_model_grpo.py"), *arguments(tiny_model, "--batch-size", "2")]
+               "--dynamo_backend", "no", str(HERE / "reasoning_model_grpo.py"),
+               *arguments(tiny_model, "--batch-size", "2")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("recipe:") == 1 and done.stdout.count("step 2/2") == 1
