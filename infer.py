@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 from models import (
-    adapter_base, build_prompt, choose_dtype, complete, find_model, load_adapter, load_model,
-    load_tokenizer, quiet_libraries, read_adapter, read_run, stop,
+    build_prompt, choose_dtype, complete, find_trained, load_tokenizer, load_trained,
+    quiet_libraries, stop,
 )
 from options import OneLineParser, number
 from rewards import FORMATS, answer_block
@@ -81,17 +81,6 @@ def question_of(line: str, number: int, path: Path) -> str:
         stop(f"{path}, line {number}: no JSON object with a question")
 
 
-def choose_model(args) -> tuple[str, Path | None, dict, str]:
-    """(what to load, adapter, the options it was trained with, its name)."""
-    adapter = None if args.model and not args.adapter else args.adapter or newest_adapter()
-    if adapter is None:
-        load_from, name = find_model(args.model)
-        return load_from, None, read_run(Path(args.model)), f"model {name}"
-    record = read_adapter(adapter)
-    load_from, name = find_model(adapter_base(adapter, record, args.model))
-    return load_from, adapter, record["run"], f"adapter {adapter} on {name}"
-
-
 def show(question: str, completion, fmt: str, as_json: bool, many: bool) -> None:
     answer = answer_block(completion.text, fmt)
     reasoning_open, reasoning_close = FORMATS[fmt].tags[:2]
@@ -122,14 +111,16 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     questions = read_questions(args)
     quiet_libraries()
-    load_from, adapter, run, name = choose_model(args)
-    tokenizer = load_tokenizer(load_from, run.get("chat_template", "own"))
+    alone = args.model and not args.adapter
+    trained = find_trained(args.model, None if alone else args.adapter or newest_adapter())
+    run = trained.run
+    tokenizer = load_tokenizer(trained.load_from, run.get("chat_template", "own"))
     fmt, room = run.get("format", "xml"), args.max_tokens or run.get("max_completion_length", 512)
     prompts = [build_prompt(question, fmt, run.get("shots", [])) for question in questions]
-    check_lengths(questions, prompts, tokenizer, load_from, room)
-    model = load_model(load_from, choose_dtype(run.get("dtype", "auto")),
-                       run.get("options", {}).get("load_in_4bit", False))
-    model = load_adapter(model, adapter) if adapter else model
+    check_lengths(questions, prompts, tokenizer, trained.load_from, room)
+    model = load_trained(trained, choose_dtype(run.get("dtype", "auto")),
+                         run.get("options", {}).get("load_in_4bit", False))
+    name = f"adapter {trained.adapter} on {trained.name}" if trained.adapter else trained.name
     asked = "" if run else "; no args.json beside it, so asked in the xml format"
     print(f"{name}, transformers on {model.device.type}{asked}", file=sys.stderr, flush=True)
     from transformers import set_seed

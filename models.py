@@ -219,19 +219,42 @@ def load_model(path: str, dtype: str, load_in_4bit: bool = False, attn: str = "a
         # gradients, for good, and the next training forward is wrong.
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
+    if not gpu:
+        # The hidden states cut to the completion are no contiguous block, and for such the CPU
+        # copies the vocabulary matrix once a sequence: a third of a training step.
+        model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, hidden: (hidden[0].contiguous(),))
     return model
 
 
-def read_adapter(directory: Path) -> dict:
-    """An adapter's own record; under "run" the options of the run that made it ({} if none)."""
-    config = Path(directory) / "adapter_config.json"
+class Trained(NamedTuple):
+    """A model to ask or to measure, not loaded yet."""
+
+    load_from: str
+    name: str  # what to record
+    adapter: Path | None
+    run: dict  # args.json of the run that made it; {} where there is none
+
+
+def find_trained(model: str | None, adapter: Path | None, named: bool = True) -> Trained:
+    """An adapter on its base (`model` where its record lacks it), or a model alone."""
+    if adapter is None:
+        return Trained(*find_model(model, named), None, read_run(Path(model)))
+    config = adapter / "adapter_config.json"
     if not config.is_file():
-        stop(f"{directory} is no adapter directory: it has no adapter_config.json")
+        stop(f"{adapter} is no adapter directory: it has no adapter_config.json")
     try:
         record = json.loads(config.read_text())
     except ValueError as problem:
         stop(f"{config} is no JSON: {problem}")
-    return record | {"run": read_run(directory) or read_run(directory.parent)}
+    run = read_run(adapter) or read_run(adapter.parent)
+    base = run.get("base_model") or record.get("base_model_name_or_path")
+    if base is None and not model:
+        stop(f"{adapter} does not say what it was trained on; name its base with --model")
+    moved = base is None or base.startswith("/") and not Path(base).exists()
+    if model and not moved and base not in (model, str(Path(model).resolve())):
+        stop(f"{adapter} was trained on {base}, not on {model}; leave out --model")
+    return Trained(*find_model(model or base), adapter, run)
 
 
 def read_run(directory: Path) -> dict:
@@ -240,25 +263,18 @@ def read_run(directory: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def adapter_base(directory: Path, record: dict, named: str | None) -> str:
-    """The base model an adapter was trained on; stops where the user named another one."""
-    base = record["run"].get("base_model") or record.get("base_model_name_or_path")
-    if base is None and not named:
-        stop(f"{directory} does not say what it was trained on; name its base with --model")
-    moved = base is None or base.startswith("/") and not Path(base).exists()
-    if named and not moved and base not in (named, str(Path(named).resolve())):
-        stop(f"{directory} was trained on {base}, not on {named}; leave out --model")
-    return named or base
-
-
-def load_adapter(model, directory: Path):
-    """Put a saved adapter on its base model; stops where it was made for another one."""
+def load_trained(trained: Trained, dtype: str, load_in_4bit: bool, attn: str = "auto"):
+    """The model with its adapter on it; stops where that was made for another base."""
+    model = load_model(trained.load_from, dtype, load_in_4bit, attn)
+    if trained.adapter is None:
+        return model
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, str(directory))
+        return PeftModel.from_pretrained(model, str(trained.adapter))
     except (RuntimeError, ValueError) as problem:
-        stop(f"the adapter {directory} does not fit this model ({str(problem).splitlines()[0]})")
+        stop(f"the adapter {trained.adapter} does not fit this model "
+             f"({str(problem).splitlines()[0]})")
 
 
 # ---- Prompts and completions ---------------------------------------------------------------------

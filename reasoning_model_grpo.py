@@ -26,9 +26,8 @@ from pathlib import Path
 
 import rewards
 from models import (
-    adapter_base, choose_dtype, complete, count_parameters, find_model, has_gpu, is_main_process,
-    load_adapter, load_model, load_tokenizer, peak_memory_gb, quiet_libraries, read_adapter,
-    read_run, render_prompts, stop,
+    choose_dtype, complete, count_parameters, find_model, find_trained, has_gpu, is_main_process,
+    load_model, load_tokenizer, load_trained, peak_memory_gb, quiet_libraries, render_prompts, stop,
 )
 from options import (
     FREE_ON_RESUME, completions_a_step, did_you_mean, parse_options, processes, record,
@@ -146,6 +145,7 @@ def grpo_config(args, dtype: str, output_dir: str):
         "num_generations": args.num_generations, "temperature": args.temperature,
         "max_completion_length": args.max_completion_length, "seed": args.seed,
         "reward_weights": args.reward_weights, "save_steps": args.save_steps,
+        "scale_rewards": args.scale_rewards,
         "report_to": args.report_to, "project": args.project_name, "use_cpu": cpu,
         "run_name": Path(output_dir).name, "bf16": dtype == "bfloat16", "fp16": dtype == "float16",
     }
@@ -422,30 +422,25 @@ def evaluate_only(args) -> None:
     """Measure a base model, an adapter or a merged model, with the prompt it was trained with."""
     from evaluate import evaluate, report
 
-    base, trained = args.model, read_run(Path(args.model))
-    named = args.model if args.model_named else None
-    if args.adapter:
-        adapter = read_adapter(args.adapter)
-        base, trained = adapter_base(args.adapter, adapter, named), adapter["run"]
-    load_from, name = find_model(base, bool(args.adapter or named))
+    model = args.model if args.model_named or not args.adapter else None
+    trained = find_trained(model, args.adapter, args.model_named)
     for option in ("format", "chat_template", "max_completion_length", "dtype", "load_in_4bit"):
         if not {option, f"no_{option}"} & set(args.typed):  # as trained, unless told otherwise
-            value = trained.get("options", {}).get(option, getattr(args, option))
+            value = trained.run.get("options", {}).get(option, getattr(args, option))
             setattr(args, option, value)
-    tokenizer = load_tokenizer(load_from, args.chat_template)
+    tokenizer = load_tokenizer(trained.load_from, args.chat_template)
     _, test = load_questions(args)
     test = test if args.eval_questions == "all" else test[: args.eval_questions]
-    rows = add_prompts(test, trained.get("shots", []), args, tokenizer, "held-out")
+    rows = add_prompts(test, trained.run.get("shots", []), args, tokenizer, "held-out")
     run_dir = choose_run_dir(args)
     make_run_dir(run_dir)
-    dtype = choose_dtype(args.dtype)
-    model = load_model(load_from, dtype, args.load_in_4bit, args.attn_implementation)
-    model = load_adapter(model, args.adapter) if args.adapter else model
-    results = evaluate(model, tokenizer, rows, args.format, samples=args.samples, label=name,
-                       max_tokens=args.max_completion_length or 256,
+    model = load_trained(trained, choose_dtype(args.dtype), args.load_in_4bit,
+                         args.attn_implementation)
+    results = evaluate(model, tokenizer, rows, args.format, samples=args.samples,
+                       label=trained.name, max_tokens=args.max_completion_length or 256,
                        path=run_dir / "evaluation.jsonl",
                        temperature=args.temperature if args.samples > 1 else 0.0)
-    report({str(args.adapter or name): results}, run_dir / "evaluation.json")
+    report({str(args.adapter or trained.name): results}, run_dir / "evaluation.json")
     print(f"in {run_dir}: evaluation.json and evaluation.jsonl")
 
 

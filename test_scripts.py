@@ -176,11 +176,11 @@ def test_the_adapter_really_changes_the_model(trained, tiny_model):
 
     place, _ = trained
     directory = place / "outputs/smollm2-135m/grpo_saved_lora"
-    base = models.load_model(str(tiny_model), "float32")
+    found = models.find_trained(None, directory)
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
-        plain = base(ids).logits
-        adapted = models.load_adapter(base, directory)(ids).logits
+        plain = models.load_trained(found._replace(adapter=None), "float32", False)(ids).logits
+        adapted = models.load_trained(found, "float32", False)(ids).logits
     assert not torch.equal(plain, adapted)
 
 
