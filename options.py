@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from models import has_gpu, stop
-from rewards import FORMATS
+from rewards import FORMATS, REWARD_FUNCS
 
 GSM8K = "openai/gsm8k"
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -70,7 +70,8 @@ RECIPES = {
 }
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 FREE_ON_RESUME = {"resume", "max_steps", "save_steps", "report_to", "project_name", "config",
-                  "output_dir", "no_trackio", "dry_run", "typed", "argv"}
+                  "output_dir", "no_trackio", "dry_run", "typed", "argv", "why", "check_env",
+                  "export", "hub_id"}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -118,7 +119,12 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--config", metavar="FILE.yaml", help="options from a file; the command line wins")
     add("--model", "--model-name", help="Hub id, local directory or .gguf file")
     add("--chat-template", choices=("own", "plain"), default="own", help="plain: has none itself")
-    add("--backend", choices=("auto", "transformers"), default="auto")
+    add("--backend", choices=("auto", "transformers", "unsloth"), default="auto",
+        help="auto: unsloth on a GPU that has it")
+    add("--vllm", choices=("auto", "off", "colocate", "server"), default="auto",
+        help="who writes the rollouts; server: `trl vllm-serve` elsewhere")
+    add("--gpu-memory-utilization", type=share, default=0.5, help="vLLM's share of the memory")
+    add("--gradient-checkpointing", action=flag, help="default: on a GPU")
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
     add("--load-in-4bit", action=flag, default=False, help="QLoRA through bitsandbytes")
     add("--attn-implementation", default="auto", help="auto: FlashAttention 2 where installed")
@@ -175,6 +181,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--no-trackio", action="store_true", help="the same as --report-to none")
     add("--project-name", default="reasoning-grpo", help="the tracker's project")
     add("--dry-run", action="store_true", help="print the plan and stop before loading weights")
+    add("--check-env", action="store_true", help="what is installed, and what a run would choose")
+    add("--export", nargs="+", choices=("merged", "gguf", "hub"), default=[],
+        help="after training, or of --adapter: 16-bit weights, a GGUF file, the Hub")
+    add("--hub-id", metavar="OWNER/NAME", help="where --export hub puts the adapter")
     return parser
 
 
@@ -226,8 +236,14 @@ def check(args) -> None:
         stop(f"{len(args.reward_weights)} --reward-weights for {len(args.reward_funcs)} rewards")
     if args.lora_dropout >= 1:
         stop(f"--lora-dropout {args.lora_dropout:g} is not below 1")
-    if args.adapter and not args.evaluate_only:
-        stop("--adapter goes with --evaluate-only; to go on with a run, --resume")
+    if args.adapter and not (args.evaluate_only or args.export):
+        stop("--adapter goes with --evaluate-only or --export; to go on with a run, --resume")
+    if "hub" in args.export and not args.hub_id:
+        stop("--export hub needs --hub-id OWNER/NAME")
+    if args.export and args.full_finetune:
+        stop("--export is for adapters; --full-finetune leaves whole weights in final_model/")
+    if not 0 < args.gpu_memory_utilization < 1:
+        stop(f"--gpu-memory-utilization {args.gpu_memory_utilization:g} is not between 0 and 1")
     if args.dtype == "float16" and not args.evaluate_only and (args.full_finetune or not has_gpu()):
         stop("training in float16 needs a GPU and LoRA: take --dtype float32 or bfloat16")
     if args.load_in_4bit and args.full_finetune:
@@ -236,6 +252,75 @@ def check(args) -> None:
         stop(f"{args.report_to} is missing: pip install {args.report_to}, or --report-to none")
     if args.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         stop("bitsandbytes is missing: pip install bitsandbytes, or --no-load-in-4bit")
+
+
+def find_reward(name: str):
+    if name in REWARD_FUNCS:
+        return REWARD_FUNCS[name]
+    file, colon, function = name.rpartition(":")
+    if not colon:
+        stop(f"no reward {name}{did_you_mean(name, REWARD_FUNCS)}; there are "
+             f"{', '.join(REWARD_FUNCS)}, or write FILE.py:function")
+    if not Path(file).is_file():
+        stop(f"reward {name}: no file {file}; write FILE.py:function")
+    try:
+        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except Exception as problem:  # the user's file may fail in any way
+        stop(f"reward {name}: {file} fails with {type(problem).__name__}: {problem}")
+    if not callable(getattr(module, function, None)):
+        stop(f"reward {name}: {file} has no function {function}")
+    return getattr(module, function)
+
+
+def grpo_config(args, dtype: str, output_dir: str):
+    """TRL's GRPOConfig: the options, then our own defaults, which --set may change."""
+    import dataclasses
+
+    from trl import GRPOConfig
+
+    ours = {
+        "output_dir": output_dir, "max_steps": args.max_steps, "learning_rate": args.learning_rate,
+        "per_device_train_batch_size": args.batch_size, "loss_type": args.loss_type,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps, "beta": args.beta,
+        "num_generations": args.num_generations, "temperature": args.temperature,
+        "max_completion_length": args.max_completion_length, "seed": args.seed,
+        "reward_weights": args.reward_weights, "save_steps": args.save_steps,
+        "scale_rewards": args.scale_rewards,
+        "report_to": args.report_to, "project": args.project_name, "use_cpu": not has_gpu(),
+        "run_name": Path(output_dir).name, "bf16": dtype == "bfloat16", "fp16": dtype == "float16",
+        "gradient_checkpointing": args.gradient_checkpointing, "use_vllm": args.vllm != "off",
+        "vllm_mode": args.vllm if args.vllm != "off" else "colocate",
+        "vllm_gpu_memory_utilization": args.gpu_memory_utilization,
+    }
+    fields = {
+        "logging_steps": 1, "disable_tqdm": True, "save_total_limit": 2, "max_grad_norm": 1.0,
+        "lr_scheduler_type": "constant",  # runs are short: a warm-up's first step trains nothing
+    } | ours
+    known = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
+    for pair in args.set:
+        name, equals, value = pair.partition("=")
+        if name not in known:
+            stop(f"--set {name}: GRPOConfig has no such field{did_you_mean(name, known)}")
+        if not equals or name in ours:
+            stop(f"--set {pair}: {'it has an option of its own' if equals else 'write NAME=VALUE'}")
+        try:
+            fields[name] = json.loads(value)
+        except ValueError:
+            fields[name] = value
+        if isinstance(known[name], (int, float)) and not isinstance(fields[name], (int, float)):
+            stop(f"--set {pair}: {name} is a number or true/false, by default {known[name]}")
+    try:
+        config = GRPOConfig(**fields)
+    except (ValueError, TypeError) as problem:
+        stop(f"GRPOConfig refuses these options: {problem}")
+    # Unsloth replaces GRPOConfig by its own, which drops what it does not know with a warning.
+    for name in sorted(set(fields) - {"report_to", "use_vllm", "vllm_mode"}):
+        if getattr(config, name, None) != fields[name]:
+            stop(f"GRPOConfig took {getattr(config, name, None)} for {name}, not {fields[name]}: "
+                 "the installed trl and unsloth are not the pinned ones, see --check-env")
+    return config
 
 
 def read_config(path: str, parser) -> list[str]:

@@ -13,7 +13,6 @@ TRL's GRPOTrainer does the training; what it can do beyond these options goes th
 """
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import shlex
@@ -24,13 +23,14 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
-import rewards
+import models
+from machine import check_env, estimate_memory, estimate_minutes, out_of_memory, start_backend
 from models import (
     choose_dtype, complete, count_parameters, find_model, find_trained, has_gpu, is_main_process,
     load_model, load_tokenizer, load_trained, peak_memory_gb, quiet_libraries, render_prompts, stop,
 )
 from options import (
-    FREE_ON_RESUME, completions_a_step, did_you_mean, parse_options, processes, record,
+    FREE_ON_RESUME, completions_a_step, find_reward, grpo_config, parse_options, processes, record,
 )
 from questions import add_prompts, load_questions, rendered
 
@@ -41,44 +41,19 @@ CHECKPOINTS = "checkpoint-*/trainer_state.json"  # written last, so what has it 
 WARM_START_BATCH = 8  # worked solutions a supervised step
 
 
-# ---- Rewards -------------------------------------------------------------------------------------
-def load_rewards(args, journal: dict) -> list:
-    """The functions that --reward-funcs names, of rewards.py or as FILE.py:function."""
-    from report import CheckedReward
-
-    return [CheckedReward(find_reward(n), n, args.format, journal) for n in args.reward_funcs]
-
-
-def find_reward(name: str):
-    if name in rewards.REWARD_FUNCS:
-        return rewards.REWARD_FUNCS[name]
-    file, colon, function = name.rpartition(":")
-    if not colon:
-        stop(f"no reward {name}{did_you_mean(name, rewards.REWARD_FUNCS)}; there are "
-             f"{', '.join(rewards.REWARD_FUNCS)}, or write FILE.py:function")
-    if not Path(file).is_file():
-        stop(f"reward {name}: no file {file}; write FILE.py:function")
-    try:
-        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except Exception as problem:  # the user's file may fail in any way
-        stop(f"reward {name}: {file} fails with {type(problem).__name__}: {problem}")
-    if not callable(getattr(module, function, None)):
-        stop(f"reward {name}: {file} has no function {function}")
-    return getattr(module, function)
-
-
 # ---- The plan ------------------------------------------------------------------------------------
 def prepare(args) -> dict:
     """All that can be wrong, looked at before any weight is loaded; what the run works on."""
     from transformers import AutoConfig
 
+    from report import CheckedReward
+
     journal = {"values": {}}
-    run = {"journal": journal, "reward_funcs": load_rewards(args, journal), "stages": {}}
+    funcs = [CheckedReward(find_reward(n), n, args.format, journal) for n in args.reward_funcs]
+    run = {"journal": journal, "reward_funcs": funcs, "stages": {}}
     run["load_from"], run["base"] = find_model(args.model, args.model_named)
     try:
-        config = AutoConfig.from_pretrained(run["load_from"])
+        config = run["model_config"] = AutoConfig.from_pretrained(run["load_from"])
         run["parameters"] = count_parameters(config)
         run["tokenizer"] = load_tokenizer(run["load_from"], args.chat_template)
     except (OSError, ValueError, KeyError, TypeError) as problem:
@@ -131,48 +106,6 @@ def call_reward(func, rows: list[dict], texts: list[str]) -> list[float]:
                 log_extra=lambda *_: None, log_metric=lambda *_: None)
 
 
-def grpo_config(args, dtype: str, output_dir: str):
-    """TRL's GRPOConfig: the options, then our own defaults, which --set may change."""
-    import dataclasses
-
-    from trl import GRPOConfig
-
-    cpu = not has_gpu()
-    ours = {
-        "output_dir": output_dir, "max_steps": args.max_steps, "learning_rate": args.learning_rate,
-        "per_device_train_batch_size": args.batch_size, "loss_type": args.loss_type,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps, "beta": args.beta,
-        "num_generations": args.num_generations, "temperature": args.temperature,
-        "max_completion_length": args.max_completion_length, "seed": args.seed,
-        "reward_weights": args.reward_weights, "save_steps": args.save_steps,
-        "scale_rewards": args.scale_rewards,
-        "report_to": args.report_to, "project": args.project_name, "use_cpu": cpu,
-        "run_name": Path(output_dir).name, "bf16": dtype == "bfloat16", "fp16": dtype == "float16",
-    }
-    fields = {
-        "logging_steps": 1, "disable_tqdm": True, "save_total_limit": 2, "max_grad_norm": 1.0,
-        "lr_scheduler_type": "constant",  # runs are short: a warm-up's first step trains nothing
-        "gradient_checkpointing": not cpu,  # a CPU has the memory and lacks the time
-    } | ours
-    known = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
-    for pair in args.set:
-        name, equals, value = pair.partition("=")
-        if name not in known:
-            stop(f"--set {name}: GRPOConfig has no such field{did_you_mean(name, known)}")
-        if not equals or name in ours:
-            stop(f"--set {pair}: {'it has an option of its own' if equals else 'write NAME=VALUE'}")
-        try:
-            fields[name] = json.loads(value)
-        except ValueError:
-            fields[name] = value
-        if isinstance(known[name], (int, float)) and not isinstance(fields[name], (int, float)):
-            stop(f"--set {pair}: {name} is a number or true/false, by default {known[name]}")
-    try:
-        return GRPOConfig(**fields)
-    except (ValueError, TypeError) as problem:
-        stop(f"GRPOConfig refuses these options: {problem}")
-
-
 def versions() -> dict:
     return {package: importlib.metadata.version(package) for package in PACKAGES}
 
@@ -186,11 +119,16 @@ def show_plan(args, run: dict, run_dir: Path) -> None:
     prompt = sum(row["tokens"] for row in train) / len(train)
     trained = "all weights" if args.full_finetune else f"LoRA rank {args.lora_rank}"
     warm = f", after {args.warm_start} supervised ones" if args.warm_start else ""
+    memory = estimate_memory(run["model_config"], run["parameters"], args, run["dtype"],
+                             max(row["tokens"] for row in train))
+    minutes = 0 if has_gpu() else estimate_minutes(
+        args, run["parameters"], prompt, len(run["test"]), run["dtype"],
+        args.warm_start * WARM_START_BATCH)
     lines = {
         "recipe": args.recipe,
         "model": f"{run['base']}, {run['parameters'] / 1e6:.0f} M parameters, {run['dtype']}"
                  f"{', 4-bit' if args.load_in_4bit else ''}, {trained}",
-        "device": f"{device}; backend: transformers + PEFT + TRL, which runs everywhere",
+        "device": f"{device}; backend {args.backend}, since {args.why}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "questions": f"{args.dataset}: {len(train)} to train on, {len(run['test'])} held out",
         "steps": f"{args.max_steps} x {a_step // args.num_generations} questions x "
@@ -199,32 +137,12 @@ def show_plan(args, run: dict, run_dir: Path) -> None:
                   f"and {args.max_steps * a_step * args.max_completion_length:,} in all",
         "rewards": " + ".join(f"{w:g} {n}" for n, w in zip(args.reward_funcs, args.reward_weights)),
         "output": str(run_dir),
-        "time": estimate(args, run, prompt),
+        "memory": f"about {sum(memory.values()):.1f} GB: " + ", ".join(
+            f"{name} {size:.1f}" for name, size in memory.items()),
+        "time": "the progress line says after the first step" if has_gpu() else
+                f"about {minutes:.0f} minutes on this machine",
     }
     print("\n".join(f"{name + ':':<11}{text}" for name, text in lines.items()), flush=True)
-
-
-def estimate(args, run: dict, prompt: float) -> str:
-    """Rough minutes of the run on a CPU, from a short measurement of its matrix products."""
-    import torch
-
-    if has_gpu():
-        return "the progress line says after the first step"
-    a = torch.randn(512, 2048, dtype=getattr(torch, run["dtype"]))
-    b = torch.randn(2048, 2048, dtype=a.dtype)
-    a @ b
-    begun = time.perf_counter()
-    for _ in range(10):
-        a @ b
-    speed = 10 * 2 * 512 * 2048 * 2048 / (time.perf_counter() - begun)
-    # 2 operations a weight and token forward; decoding token by token, and training with its
-    # element-wise parts, reach about a sixth and a third of the speed of large products.
-    length = min(args.max_completion_length, 100) * 0.6
-    decoded, trained = 2 * prompt + 12 * length, 18 * (prompt + length)
-    work = args.max_steps * completions_a_step(args) * (decoded + trained)
-    work += args.warm_start * WARM_START_BATCH * trained
-    work += (3 if args.warm_start else 2) * len(run["test"]) * decoded
-    return f"about {work * run['parameters'] / speed / 60:.0f} minutes on this machine"
 
 
 # ---- The run's directory -------------------------------------------------------------------------
@@ -268,7 +186,7 @@ def newest_checkpoint(args, run_dir: Path) -> Path:
 
 def write_record(args, run: dict, directory: Path) -> None:
     """args.json: what reproduces the run, and what infer.py needs to prompt alike."""
-    git = ["git", "-C", str(Path(rewards.__file__).parent), "rev-parse", "HEAD"]
+    git = ["git", "-C", str(Path(models.__file__).parent), "rev-parse", "HEAD"]
     with suppress(OSError):
         run["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     content = {
@@ -287,6 +205,8 @@ def load_policy(args, run: dict):
     from transformers import set_seed
 
     set_seed(args.seed)  # before the adapter is made: its A matrices are random
+    if args.backend == "unsloth":
+        return load_unsloth(args, run)
     model = load_model(run["load_from"], run["dtype"], args.load_in_4bit, args.attn_implementation)
     if args.full_finetune:
         return model
@@ -298,6 +218,47 @@ def load_policy(args, run: dict):
         return get_peft_model(model, lora)
     except ValueError as problem:
         stop(f"--lora-targets {' '.join(args.lora_targets)}: {problem}")
+
+
+def load_unsloth(args, run: dict):
+    """The same through Unsloth; with vLLM in the same memory, its engine writes the rollouts."""
+    import torch
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=run["load_from"], dtype=getattr(torch, run["dtype"]), random_state=args.seed,
+        max_seq_length=args.max_prompt_length + args.max_completion_length,
+        load_in_4bit=args.load_in_4bit, load_in_16bit=not args.load_in_4bit,
+        fast_inference=args.vllm == "colocate", max_lora_rank=args.lora_rank,
+        gpu_memory_utilization=args.gpu_memory_utilization)
+    return FastLanguageModel.get_peft_model(
+        model, r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
+        target_modules=args.lora_targets, random_state=args.seed,
+        use_gradient_checkpointing="unsloth" if args.gradient_checkpointing else False)
+
+
+def rehearse(args, run: dict, model) -> None:
+    """The longest rollout and update once, thrown away, so that out of memory shows at once."""
+    import torch
+
+    pad, part = run["tokenizer"].pad_token_id, "rollouts"
+    room, device = args.max_completion_length, model.device
+    prompt = max(row["tokens"] for row in run["train"])
+    try:
+        if args.vllm == "off":
+            a_step = args.batch_size * args.gradient_accumulation_steps
+            ids = torch.full((a_step, prompt), pad, device=device)
+            with torch.no_grad():
+                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                               max_new_tokens=room, min_new_tokens=room)
+        part = "update"
+        ids = torch.full((args.batch_size, prompt + room), pad, device=device)
+        with torch.autocast(device.type, getattr(torch, run["dtype"])):
+            logits = model(ids, logits_to_keep=room + 1).logits
+        torch.log_softmax(logits.float(), -1)[..., 0].mean().backward()
+        model.zero_grad(set_to_none=True)
+    except torch.OutOfMemoryError:
+        out_of_memory(part, args)
 
 
 def measure(stage: str, args, run: dict, model, run_dir: Path) -> None:
@@ -356,6 +317,7 @@ def sample_before_training(args, run: dict, model) -> None:
 
 def train(args, run: dict, model, run_dir: Path, checkpoint: Path | None):
     """GRPO. Returns the RunWatch that saw it."""
+    import torch
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import GRPOTrainer
@@ -372,12 +334,16 @@ def train(args, run: dict, model, run_dir: Path, checkpoint: Path | None):
         train_dataset=Dataset.from_list(rows))
     trainer.remove_callback(PrinterCallback)
     trainer.create_model_card = lambda *_, **__: None  # its text knows nothing of this run
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError:
+        out_of_memory("training step", args)
     return watch
 
 
 def save(args, run: dict, model, run_dir: Path) -> Path:
     """The adapter (or the whole model), its tokenizer and args.json, ready for infer.py."""
+    from export import check_adapter
     from report import write_html
 
     write_html(run_dir, args.format)
@@ -392,6 +358,8 @@ def save(args, run: dict, model, run_dir: Path) -> Path:
         model.save_pretrained(str(directory), save_embedding_layers=False)
     run["tokenizer"].save_pretrained(str(directory))
     write_record(args, run, directory)
+    if not args.full_finetune:
+        check_adapter(model, run["tokenizer"], run["train"][0]["prompt"], directory)
     return directory
 
 
@@ -444,11 +412,26 @@ def evaluate_only(args) -> None:
     print(f"in {run_dir}: evaluation.json and evaluation.jsonl")
 
 
+def export_adapter(args, adapter: Path | None = None) -> None:
+    """What --export asks for, of the adapter just trained or of --adapter."""
+    from export import export
+
+    model = args.model if args.model_named and not adapter else None
+    trained = find_trained(model, adapter or args.adapter)
+    tokenizer = load_tokenizer(trained.load_from, args.chat_template)
+    export(args.export, trained, tokenizer, trained.adapter.parent, args.hub_id)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_options(argv, __doc__)
+    if args.check_env:
+        raise SystemExit(check_env(args))
+    start_backend(args)
     quiet_libraries()
     if args.evaluate_only:
         return evaluate_only(args)
+    if args.adapter:
+        return export_adapter(args)
     begun, run_dir = time.time(), choose_run_dir(args)
     from accelerate import PartialState
 
@@ -467,6 +450,8 @@ def main(argv: list[str] | None = None) -> None:
         if not checkpoint:
             warm_start(args, run, model, run_dir)
         measure("warm_start", args, run, model, run_dir)  # a resumed run reads what is there
+    if has_gpu():
+        rehearse(args, run, model)
     if not checkpoint:
         sample_before_training(args, run, model)
     watch = train(args, run, model, run_dir, checkpoint)
@@ -475,6 +460,8 @@ def main(argv: list[str] | None = None) -> None:
         if not watch.interrupted:
             measure("after", args, run, model, run_dir)
         finish(args, run, directory, run_dir, watch)
+        if args.export:
+            export_adapter(args, directory)
 
 
 def show_prompt(run: dict) -> None:

@@ -1,0 +1,112 @@
+"""Checking a saved adapter, and handing it on: merged weights, a GGUF file, the Hub."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from models import Trained, complete, is_main_process, load_trained, stop
+
+
+def check_adapter(model, tokenizer, prompt: list[dict], directory: Path) -> None:
+    """Stop unless the adapter changes the model, and reads back as what was trained.
+
+    Unsloth once rolled out from the bare base model without an error (its pull request 8701), and
+    a saved adapter that loads with other names changes nothing, silently.
+    """
+    import torch
+
+    ids = tokenizer.apply_chat_template([prompt], add_generation_prompt=True, return_tensors="pt",
+                                        return_dict=True).to(model.device)  # fmt: skip
+    model.eval()
+    with torch.no_grad():
+        adapted = model(**ids).logits
+        with model.disable_adapter():
+            plain = model(**ids).logits
+    if torch.equal(adapted, plain):
+        stop(f"the adapter in {directory} changes nothing: it gives the base model's own logits")
+    written = complete(model, tokenizer, [prompt], max_tokens=32)
+    model.load_adapter(str(directory), adapter_name="saved")
+    model.set_adapter("saved")
+    again = complete(model, tokenizer, [prompt], max_tokens=32)
+    model.set_adapter("default")
+    model.delete_adapter("saved")
+    if again != written:
+        stop(f"the adapter in {directory} reads back as another one: it wrote "
+             f"{written[0].text!r}, and now {again[0].text!r}")
+
+
+def export(kinds: list[str], trained: Trained, tokenizer, run_dir: Path, hub_id: str | None):
+    """Write what --export asked for, beside the adapter."""
+    if not is_main_process():
+        return
+    merged = run_dir / "merged_16bit"
+    if {"merged", "gguf"} & set(kinds):
+        merge(trained, tokenizer, merged)
+        print(f"merged: {merged}")
+    if "gguf" in kinds:
+        print(f"GGUF: {write_gguf(merged, run_dir / 'model.gguf')}")
+    if "hub" in kinds:
+        print(f"Hub: {push(trained, run_dir, hub_id)}")
+
+
+def merge(trained: Trained, tokenizer, target: Path) -> None:
+    """Adapter and base as one model, on 16-bit weights: merging onto 4-bit ones loses digits."""
+    if (target / "config.json").is_file():
+        return
+    merged = load_trained(trained, "bfloat16", False).merge_and_unload()
+    merged.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def write_gguf(merged: Path, target: Path) -> Path:
+    """llama.cpp's converter does it; it comes with a clone of llama.cpp, not from PyPI."""
+    name = "convert_hf_to_gguf.py"
+    places = [shutil.which(name), Path(os.environ.get("LLAMA_CPP", "llama.cpp")) / name]
+    found = next((place for place in places if place and Path(place).is_file()), None)
+    if found is None:
+        stop(f"no {name}: git clone https://github.com/ggml-org/llama.cpp and set LLAMA_CPP to it; "
+             f"the merged model is in {merged}")  # fmt: skip
+    command = [sys.executable, str(found), str(merged), "--outfile", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        stop(f"{name} fails: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return target
+
+
+def model_card(trained: Trained, run_dir: Path) -> str:
+    """The recipe, and the measured table with its intervals; nothing that was not measured."""
+    run, options = trained.run, trained.run.get("options", {})
+    lines = ["---", f"base_model: {run.get('base_model', trained.name)}", "library_name: peft",
+             "tags: [grpo, lora, reasoning]", "---", "",
+             f"A LoRA adapter trained with GRPO, recipe `{run.get('recipe')}`, seed "
+             f"{run.get('seed')}, on {options.get('dataset')}.", ""]  # fmt: skip
+    path = run_dir / "evaluation.json"
+    if path.is_file():
+        from evaluate import METRICS, interval
+
+        record = json.loads(path.read_text(encoding="utf-8"))
+        stages = record["stages"]
+        n = next(iter(stages.values()))["n"]
+        lines += [f"Measured on {n} held-out questions, 95 % intervals:", "",
+                  f"| | {' | '.join(stages)} |", "|---" * (len(stages) + 1) + "|"]  # fmt: skip
+        lines += [f"| {label} | {' | '.join(interval(s[m]) for s in stages.values())} |"
+                  for m, label in METRICS.items()]  # fmt: skip
+        lines += ["", *(f"{pair}: {c['words']}." for pair, c in record["changes"].items())]
+    else:
+        lines.append("It was not evaluated.")
+    return "\n".join(lines) + "\n"
+
+
+def push(trained: Trained, run_dir: Path, hub_id: str) -> str:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        (trained.adapter / "README.md").write_text(model_card(trained, run_dir), encoding="utf-8")
+        api.create_repo(hub_id, exist_ok=True)
+        return str(api.upload_folder(repo_id=hub_id, folder_path=str(trained.adapter)))
+    except (OSError, ValueError) as problem:
+        stop(f"--export hub: {type(problem).__name__}: {problem}; log in with `hf auth login`")
