@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from models import Trained, complete, is_main_process, load_trained, stop
+from models import Trained, complete, is_main_process, load_trained, render_prompts, stop
 
 
 def check_adapter(model, tokenizer, prompt: list[dict], directory: Path) -> None:
@@ -36,6 +36,17 @@ def check_adapter(model, tokenizer, prompt: list[dict], directory: Path) -> None
     if again != written:
         stop(f"the adapter in {directory} reads back as another one: it wrote "
              f"{written[0].text!r}, and now {again[0].text!r}")
+
+
+def ask_fast(model, tokenizer, prompt: list[dict], directory: Path, max_tokens: int) -> str:
+    """One answer of the saved adapter from Unsloth's vLLM engine, as infer.py will get it."""
+    from vllm import SamplingParams
+
+    (text,) = render_prompts(tokenizer, [prompt])
+    (reply,) = model.fast_generate(
+        [text], sampling_params=SamplingParams(temperature=0.8, top_p=0.95, max_tokens=max_tokens),
+        lora_request=model.load_lora(str(directory)))
+    return reply.outputs[0].text
 
 
 def export(kinds: list[str], trained: Trained, tokenizer, run_dir: Path, hub_id: str | None):

@@ -182,8 +182,6 @@ def out_of_memory(part: str, args) -> None:
         remedy = f"--batch-size {half} --gradient-accumulation-steps {twice}"
     else:
         remedy = f"--max-completion-length {args.max_completion_length // 2}"
-    if part == "loading" and not args.load_in_4bit:
-        remedy = "--load-in-4bit"
     stop(f"out of GPU memory in the {part}; type the same with {remedy}")
 
 

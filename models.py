@@ -212,6 +212,8 @@ def load_model(path: str, dtype: str, load_in_4bit: bool = False, attn: str = "a
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), quantization_config=quantization, device_map=where,
             attn_implementation=attention)
+    except torch.OutOfMemoryError:
+        stop(f"out of GPU memory while loading {path}: --load-in-4bit, or a smaller --model")
     except (OSError, ValueError, ImportError, RuntimeError) as problem:
         stop(f"{path} can't be loaded: {problem}")
     for module in model.modules():

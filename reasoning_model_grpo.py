@@ -343,7 +343,7 @@ def train(args, run: dict, model, run_dir: Path, checkpoint: Path | None):
 
 def save(args, run: dict, model, run_dir: Path) -> Path:
     """The adapter (or the whole model), its tokenizer and args.json, ready for infer.py."""
-    from export import check_adapter
+    from export import ask_fast, check_adapter
     from report import write_html
 
     write_html(run_dir, args.format)
@@ -355,11 +355,18 @@ def save(args, run: dict, model, run_dir: Path) -> Path:
             stop("the adapter changes nothing: no reward ever differed, so nothing was learnt; "
                  "see completions.html, and try --warm-start 12 or easier questions")
         model.peft_config["default"].base_model_name_or_path = run["base"]
-        model.save_pretrained(str(directory), save_embedding_layers=False)
+        if args.backend == "unsloth":
+            model.save_lora(str(directory))
+        else:
+            model.save_pretrained(str(directory), save_embedding_layers=False)
     run["tokenizer"].save_pretrained(str(directory))
     write_record(args, run, directory)
     if not args.full_finetune:
-        check_adapter(model, run["tokenizer"], run["train"][0]["prompt"], directory)
+        prompt = run["train"][0]["prompt"]
+        check_adapter(model, run["tokenizer"], prompt, directory)
+        if args.backend == "unsloth" and args.vllm == "colocate":
+            reply = ask_fast(model, run["tokenizer"], prompt, directory, args.max_completion_length)
+            print(f"through vLLM, with the saved adapter: {prompt[-1]['content']}\n{reply}")
     return directory
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 import evaluate
+import export
 import infer
+import machine
 import models
 import options
 import questions
@@ -87,10 +89,10 @@ def arguments(tiny_model, *more, dataset="data.jsonl", reward=NOISY) -> list[str
     return [*CHEAP, "--model", model, "--dataset", dataset, "--reward-funcs", reward, *more]
 
 
-def stopped(capsys, main, argv) -> str:
+def stopped(capsys, main, *argv) -> str:
     """Run main(argv), which must end in one line on stderr and exit code 2; returns the line."""
     with pytest.raises(SystemExit) as ended:
-        main(argv)
+        main(*argv)
     line = capsys.readouterr().err
     assert ended.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1, line
     return line
@@ -182,6 +184,56 @@ def test_the_adapter_really_changes_the_model(trained, tiny_model):
         plain = models.load_trained(found._replace(adapter=None), "float32", False)(ids).logits
         adapted = models.load_trained(found, "float32", False)(ids).logits
     assert not torch.equal(plain, adapted)
+
+
+def test_an_adapter_that_changes_nothing_or_reads_back_changed_is_an_error(
+        trained, capsys, tmp_path):
+    import torch
+
+    place, _ = trained
+    directory = place / "outputs/smollm2-135m/grpo_saved_lora"
+    found = models.find_trained(None, directory)
+    tokenizer = models.load_tokenizer(found.load_from)
+    model = models.load_trained(found, "float32", False)
+    prompt = models.build_prompt("What is 1 + 1?", "xml")
+    export.check_adapter(model, tokenizer, prompt, directory)
+    matrices = [p for name, p in model.named_parameters() if "lora_B" in name]
+    kept = [p.detach().clone() for p in matrices]
+    with torch.no_grad():
+        for p in matrices:  # so strongly that the text must change
+            p.normal_(std=30)
+    line = stopped(capsys, export.check_adapter, model, tokenizer, prompt, directory)
+    assert "reads back as another one" in line
+    with torch.no_grad():
+        for p in matrices:
+            p.zero_()
+    line = stopped(capsys, export.check_adapter, model, tokenizer, prompt, directory)
+    assert "changes nothing" in line and len(kept) == len(matrices)
+
+
+def test_a_merged_model_answers_as_its_adapter_does(trained, monkeypatch, capsys, tmp_path):
+    import torch
+
+    place, _ = trained
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    adapter = "outputs/smollm2-135m/grpo_saved_lora"
+    script.main(["--export", "merged", "--adapter", adapter])
+    merged = Path("outputs/smollm2-135m/merged_16bit")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        one = models.load_trained(models.find_trained(None, Path(adapter)), "float32", False)(ids)
+        two = models.load_model(str(merged), "float32")(ids)
+    assert torch.allclose(one.logits, two.logits, atol=0.05)
+    capsys.readouterr()
+    line = stopped(capsys, script.main, ["--export", "gguf", "--adapter", adapter])
+    assert "git clone" in line and "merged_16bit" in line
+    (tmp_path / "convert_hf_to_gguf.py").write_text(
+        "import sys; open(sys.argv[3], 'w').write('GGUF')")
+    script.main(["--export", "gguf", "--adapter", adapter])
+    assert Path("outputs/smollm2-135m/model.gguf").read_text() == "GGUF"
+    card = export.model_card(models.find_trained(None, Path(adapter)), Path(adapter).parent)
+    assert "4 held-out questions" in card and "strict accuracy" in card and "%" in card
 
 
 def test_resume_continues_and_refuses_other_options(trained, tiny_model, monkeypatch, capsys):
@@ -627,3 +679,222 @@ def test_the_real_model_learns_the_format(real_model, workplace, capsys):
     assert "strict format" in printed
     infer.main(["Anna has 3 apples. Anna buys 4 more. How many apples does Anna have now?"])
     assert re.search(r"^answer: \d+$", capsys.readouterr().out, re.M)
+
+
+# ---- What a GPU would change, decided by pure functions ------------------------------------------
+BOTH = {"unsloth", "vllm"}
+
+
+@pytest.mark.parametrize("wanted, vllm, gpu, packages, more, chosen", [
+    ("auto", "auto", True, BOTH, {}, ("unsloth", "colocate")),
+    ("auto", "auto", True, {"unsloth"}, {}, ("unsloth", "off")),
+    ("auto", "auto", True, {"vllm"}, {}, ("transformers", "colocate")),
+    ("auto", "auto", True, set(), {}, ("transformers", "off")),
+    ("auto", "auto", False, BOTH, {}, ("transformers", "off")),
+    ("auto", "off", True, BOTH, {}, ("unsloth", "off")),
+    ("auto", "server", True, BOTH, {}, ("transformers", "server")),
+    ("transformers", "auto", True, BOTH, {}, ("transformers", "colocate")),
+    ("unsloth", "auto", True, BOTH, {}, ("unsloth", "colocate")),
+    ("auto", "auto", True, BOTH, {"alone": False}, ("transformers", "colocate")),
+    ("auto", "auto", True, BOTH, {"lora": False}, ("transformers", "colocate")),
+])
+def test_the_backend_follows_from_what_is_there(wanted, vllm, gpu, packages, more, chosen):
+    *found, why = machine.choose_backend(wanted, vllm, gpu, packages, **more)
+    assert tuple(found) == chosen and why
+
+
+@pytest.mark.parametrize("wanted, vllm, gpu, packages, more, says", [
+    ("unsloth", "auto", False, BOTH, {}, "--backend unsloth needs an NVIDIA GPU"),
+    ("unsloth", "auto", True, {"vllm"}, {}, "pip install -r requirements.txt"),
+    ("auto", "colocate", False, BOTH, {}, "--vllm colocate needs an NVIDIA GPU"),
+    ("auto", "colocate", True, {"unsloth"}, {}, "needs vllm: pip install"),
+    ("unsloth", "auto", True, BOTH, {"alone": False}, "on one GPU"),
+    ("unsloth", "server", True, BOTH, {}, "goes with --backend transformers"),
+])
+def test_a_backend_that_was_named_is_never_swapped(
+        wanted, vllm, gpu, packages, more, says, capsys):
+    def main():
+        machine.choose_backend(wanted, vllm, gpu, packages, **more)
+
+    assert says in stopped(capsys, main)
+
+
+@pytest.mark.parametrize("gigabytes, preset", [
+    (4, 6), (5.8, 6), (8.6, 8), (11.5, 12), (15.8, 16), (23.6, 24), (42, 40), (85, 80), (150, 80)])
+def test_a_memory_takes_its_preset(gigabytes, preset):
+    assert machine.choose_preset(gigabytes) is machine.PRESETS[preset]
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 5), "float32"), ((7, 0), "float32"),
+                                               ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
+def test_a_gpu_computes_in_what_it_is_built_for(capability, dtype, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: capability)
+    assert models.choose_dtype("auto") == dtype
+    assert models.choose_dtype("float16") == "float16"
+    if capability < (8, 0):  # installed or not, FlashAttention 2 does not run there
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+        assert models.choose_attention() is None
+
+
+def test_a_preset_bounds_what_was_not_typed_and_leaves_the_batch():
+    args = options.parse_options(["--recipe", "qwen-3b", "--max-prompt-length", "500"], "")
+    changed = machine.fit_to_memory(args, 6)
+    assert (args.max_prompt_length, args.max_completion_length) == (500, 256)
+    assert args.num_generations == 3 and args.batch_size == 1  # lower than the bound: kept
+    assert changed == ["--max-completion-length 1500 -> 256"]
+    args = options.parse_options(["--recipe", "qwen-3b"], "")
+    machine.fit_to_memory(args, 80)
+    assert args.load_in_4bit is False and args.gradient_checkpointing is False
+    for recipe in options.RECIPES:
+        for gigabytes in machine.PRESETS:
+            args = options.parse_options(["--recipe", recipe, "--report-to", "none"], "")
+            machine.fit_to_memory(args, gigabytes)
+            options.check(args)  # still a batch that the group divides
+
+
+def test_the_memory_estimate_knows_its_parts():
+    from transformers import Qwen2Config
+
+    config = Qwen2Config(hidden_size=2048, num_hidden_layers=36, intermediate_size=11008,
+                         num_attention_heads=16, num_key_value_heads=2, vocab_size=151936)
+    args = options.parse_options(["--recipe", "qwen-3b"], "")
+    args.gradient_checkpointing = True
+    parts = machine.estimate_memory(config, 3_085_938_688, args, "bfloat16", 500)
+    # 2.77 G weights of 4.127 bits, and 0.31 G of the embedding in 16
+    assert parts["weights"] == pytest.approx(2.05, abs=0.05)
+    # rank 16 on all seven: 29,933,568 parameters, as PEFT counts for this model
+    assert parts["adapter and optimiser"] == pytest.approx(29_933_568 * 16 / 1e9, rel=1e-3)
+    # 2 x 36 layers x 256 x 2 bytes a token, three completions of 2,000 tokens
+    assert parts["KV cache"] == pytest.approx(2 * 36 * 256 * 2 * 2000 * 3 / 1e9)
+    assert parts["logits"] == pytest.approx(1500 * 151936 * 14 / 1e9)
+    args.load_in_4bit, args.gradient_checkpointing = False, False
+    more = machine.estimate_memory(config, 3_085_938_688, args, "bfloat16", 500)
+    assert more["weights"] > 2.9 * parts["weights"]
+    assert more["activations"] > 5 * parts["activations"]
+
+
+def test_out_of_memory_comes_in_the_rehearsal_and_says_which_part(tiny_model, capsys):
+    import torch
+
+    args = options.parse_options(["--batch-size", "8", "--max-completion-length", "4"], "")
+    args.vllm = "off"
+    model = models.load_model(str(tiny_model), "float32")
+    run = {"tokenizer": models.load_tokenizer(str(tiny_model)), "dtype": "bfloat16",
+           "train": [{"tokens": 9}]}
+    script.rehearse(args, run, model)
+    assert all(p.grad is None for p in model.parameters())
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.forward = full
+    assert "in the rollouts; type the same with --batch-size 4 --gradient-accumulation-steps 4" \
+        in stopped(capsys, script.rehearse, args, run, model)
+    args.vllm, args.batch_size = "colocate", 1
+    assert "in the update; type the same with --max-completion-length 2" in stopped(
+        capsys, script.rehearse, args, run, model)
+
+
+def test_check_env_names_what_would_break(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as ended:
+        script.main(["--check-env"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and "a run takes:" in said and "would break" not in said
+    real = machine.installed
+    monkeypatch.setattr(machine, "installed", lambda p: None if p == "peft" else real(p))
+    with pytest.raises(SystemExit) as ended:
+        script.main(["--check-env"])
+    assert ended.value.code == 1
+    assert "would break: peft==0.21.2; mend it with: pip install -r requirements" in " ".join(
+        capsys.readouterr().out.split())
+
+
+# ---- The contract: what we call is there in the pinned GPU packages ------------------------------
+@pytest.fixture(scope="module")
+def gpu_sources(tmp_path_factory):
+    """source(package, file) -> syntax tree, from the wheels that requirements.txt pins."""
+    import ast
+    import zipfile
+
+    place, pins = tmp_path_factory.mktemp("wheels"), machine.pinned(HERE / "requirements.txt")
+    for package in ("unsloth", "unsloth_zoo", "trl", "vllm"):
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(place),
+                   "--platform", "manylinux_2_28_x86_64", "--only-binary=:all:",
+                   f"{package}=={pins[package]}"]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip(f"{package} can't be downloaded")
+
+    def source(package: str, file: str):
+        (wheel,) = place.glob(f"{package}-*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            return ast.parse(archive.read(file))
+
+    return source
+
+
+def parameters_of(tree, name: str, parent: str | None = None) -> set[str]:
+    """The parameters of a function or the annotated fields of a class, by name in a tree."""
+    import ast
+
+    if parent:
+        tree = next(n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == parent)
+    node = next(n for n in ast.walk(tree)
+                if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == name)
+    if isinstance(node, ast.ClassDef):
+        return {n.target.id for n in node.body if isinstance(n, ast.AnnAssign)}
+    return {argument.arg for argument in node.args.args + node.args.kwonlyargs}
+
+
+def keywords_we_pass(file: str, called: str) -> set[str]:
+    import ast
+
+    calls = [n for n in ast.walk(ast.parse((HERE / file).read_text())) if isinstance(n, ast.Call)
+             and ast.unparse(n.func) == called]
+    assert calls, f"{file} calls no {called}"
+    return {keyword.arg for call in calls for keyword in call.keywords}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("called, package, file, name, parent", [
+    ("FastLanguageModel.from_pretrained", "unsloth", "unsloth/models/loader.py",
+     "from_pretrained", "FastLanguageModel"),
+    ("FastLanguageModel.get_peft_model", "unsloth", "unsloth/models/llama.py",
+     "get_peft_model", "FastLlamaModel"),
+    ("SamplingParams", "vllm", "vllm/sampling_params.py", "SamplingParams", None),
+])
+def test_the_pinned_packages_take_what_we_pass(gpu_sources, called, package, file, name, parent):
+    ours = set.union(*(keywords_we_pass(path.name, called) for path in HERE.glob("*.py")
+                       if path.name[:5] != "test_" and f"{called}(" in path.read_text()))
+    assert ours and ours <= parameters_of(gpu_sources(package, file), name, parent)
+
+
+@pytest.mark.slow
+def test_the_pinned_trl_has_every_field_we_set(gpu_sources):
+    import ast
+
+    tree = gpu_sources("trl", "trl/trainer/grpo_config.py")
+    there = parameters_of(tree, "GRPOConfig")
+    base = {"output_dir", "max_steps", "learning_rate", "per_device_train_batch_size", "seed",
+            "gradient_accumulation_steps", "save_steps", "report_to", "project", "use_cpu",
+            "run_name", "bf16", "fp16", "gradient_checkpointing", "logging_steps", "disable_tqdm",
+            "save_total_limit", "max_grad_norm", "lr_scheduler_type"}  # transformers' own
+    names = {key.value for n in ast.walk(ast.parse((HERE / "options.py").read_text()))
+             if isinstance(n, ast.FunctionDef) and n.name == "grpo_config"
+             for d in ast.walk(n) if isinstance(d, ast.Dict) for key in d.keys
+             if isinstance(key, ast.Constant)}
+    assert {"use_vllm", "vllm_mode", "beta", "loss_type"} <= names - base <= there
+
+
+@pytest.mark.slow
+def test_the_pinned_unsloth_still_gives_a_model_its_lora_methods(gpu_sources):
+    import ast
+
+    tree = gpu_sources("unsloth", "unsloth/models/_utils.py")
+    given = {target.attr for n in ast.walk(tree) if isinstance(n, ast.Assign)
+             for target in n.targets if isinstance(target, ast.Attribute)}
+    assert {"save_lora", "load_lora", "fast_generate"} <= given
+    zoo = gpu_sources("unsloth_zoo", "unsloth_zoo/vllm_utils.py")
+    assert "save_directory" in parameters_of(zoo, "load_lora")
+    assert "lora_request" in parameters_of(
+        gpu_sources("vllm", "vllm/entrypoints/llm.py"), "generate", "LLM")
