@@ -898,3 +898,20 @@ def test_the_pinned_unsloth_still_gives_a_model_its_lora_methods(gpu_sources):
     assert "save_directory" in parameters_of(zoo, "load_lora")
     assert "lora_request" in parameters_of(
         gpu_sources("vllm", "vllm/entrypoints/llm.py"), "generate", "LLM")
+
+
+@pytest.mark.slow
+def test_the_gpu_check_makes_a_table_and_says_what_could_not_run(workplace, tiny_model):
+    command = ["bash", str(HERE / "gpu_check.sh"),
+               *arguments(tiny_model, "--warm-start", "1", dataset=str(workplace / "data.jsonl"),
+                          reward=f"{workplace / 'noisy.py'}:vowels")]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(command, capture_output=True, text=True, cwd=workplace,
+                          env=os.environ | {"OUT": str(workplace / "out"), "PATH": path})
+    rows = {line.split("|")[1].strip(): line for line in done.stdout.splitlines()
+            if line.startswith("| ")}
+    assert set(rows) == {"backend", "transformers", "transformers-4bit", "unsloth-4bit",
+                         "unsloth-4bit-vllm"}, done.stdout[-2000:] + done.stderr[-2000:]
+    assert re.search(r"\d+\.\d % .*\| \d+ \| \d+\.\d \| \d+\.\d \| \d+\.\d \|",
+                     rows["transformers"])
+    assert "--backend unsloth needs an NVIDIA GPU" in rows["unsloth-4bit"]
