@@ -173,6 +173,30 @@ def estimate_memory(config, parameters: int, args, dtype: str, prompt: int) -> d
     return {name: value / 1e9 for name, value in parts.items()}
 
 
+def rehearse(args, run: dict, model) -> None:
+    """The longest rollout and update once, thrown away, so that out of memory shows at once."""
+    import torch
+
+    pad, part = run["tokenizer"].pad_token_id, "rollouts"
+    room, device = args.max_completion_length, model.device
+    prompt = max(row["tokens"] for row in run["train"])
+    try:
+        if args.vllm == "off":
+            a_step = args.batch_size * args.gradient_accumulation_steps
+            ids = torch.full((a_step, prompt), pad, device=device)
+            with torch.no_grad():
+                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                               max_new_tokens=room, min_new_tokens=room)
+        part = "update"
+        ids = torch.full((args.batch_size, prompt + room), pad, device=device)
+        with torch.autocast(device.type, getattr(torch, run["dtype"])):
+            logits = model(ids, logits_to_keep=room + 1).logits
+        torch.log_softmax(logits.float(), -1)[..., 0].mean().backward()
+        model.zero_grad(set_to_none=True)
+    except torch.OutOfMemoryError:
+        out_of_memory(part, args)
+
+
 def out_of_memory(part: str, args) -> None:
     """End with which part needed too much and what to type next."""
     half, twice = args.batch_size // 2, args.gradient_accumulation_steps * 2

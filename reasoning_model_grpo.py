@@ -24,7 +24,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import models
-from machine import check_env, estimate_memory, estimate_minutes, out_of_memory, start_backend
+from machine import (
+    check_env, estimate_memory, estimate_minutes, out_of_memory, rehearse, start_backend,
+)
 from models import (
     choose_dtype, complete, count_parameters, find_model, find_trained, has_gpu, is_main_process,
     load_model, load_tokenizer, load_trained, peak_memory_gb, quiet_libraries, render_prompts, stop,
@@ -46,7 +48,7 @@ def prepare(args) -> dict:
     """All that can be wrong, looked at before any weight is loaded; what the run works on."""
     from transformers import AutoConfig
 
-    from report import CheckedReward
+    from report import CheckedReward, call_reward
 
     journal = {"values": {}}
     funcs = [CheckedReward(find_reward(n), n, args.format, journal) for n in args.reward_funcs]
@@ -83,27 +85,13 @@ def prepare(args) -> dict:
     if len(run["train"]) < needed:
         stop(f"a step takes {needed} questions, there are {len(run['train'])}: lower --batch-size, "
              "--gradient-accumulation-steps or give more questions")
-    try_rewards(run)
+    for func in funcs:  # so that a faulty one is named before an hour is spent
+        rows = run["train"][:2]
+        call_reward(func, rows, [row["solution"] or "1" for row in rows])
     if args.warm_start and not any(row["solution"] for row in run["train"]):
         print("no warm start: these questions come without worked solutions")
         args.warm_start = 0
     return run
-
-
-def try_rewards(run: dict) -> None:
-    """Call each reward once, as TRL will, so that a faulty one is named before an hour is spent."""
-    rows = run["train"][:2]
-    for func in run["reward_funcs"]:
-        call_reward(func, rows, [row["solution"] or "1" for row in rows])
-
-
-def call_reward(func, rows: list[dict], texts: list[str]) -> list[float]:
-    """Call a reward with all that TRL gives it."""
-    columns = {name: [row[name] for row in rows] for name in ("question", "answer")}
-    completions = [[{"role": "assistant", "content": text}] for text in texts]
-    return func(prompts=[row["prompt"] for row in rows], completions=completions, **columns,
-                completion_ids=[[1] for _ in rows], trainer_state=None,
-                log_extra=lambda *_: None, log_metric=lambda *_: None)
 
 
 def versions() -> dict:
@@ -237,30 +225,6 @@ def load_unsloth(args, run: dict):
         use_gradient_checkpointing="unsloth" if args.gradient_checkpointing else False)
 
 
-def rehearse(args, run: dict, model) -> None:
-    """The longest rollout and update once, thrown away, so that out of memory shows at once."""
-    import torch
-
-    pad, part = run["tokenizer"].pad_token_id, "rollouts"
-    room, device = args.max_completion_length, model.device
-    prompt = max(row["tokens"] for row in run["train"])
-    try:
-        if args.vllm == "off":
-            a_step = args.batch_size * args.gradient_accumulation_steps
-            ids = torch.full((a_step, prompt), pad, device=device)
-            with torch.no_grad():
-                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                               max_new_tokens=room, min_new_tokens=room)
-        part = "update"
-        ids = torch.full((args.batch_size, prompt + room), pad, device=device)
-        with torch.autocast(device.type, getattr(torch, run["dtype"])):
-            logits = model(ids, logits_to_keep=room + 1).logits
-        torch.log_softmax(logits.float(), -1)[..., 0].mean().backward()
-        model.zero_grad(set_to_none=True)
-    except torch.OutOfMemoryError:
-        out_of_memory(part, args)
-
-
 def measure(stage: str, args, run: dict, model, run_dir: Path) -> None:
     """Evaluate on the held-out questions into evaluation_STAGE.jsonl, or read what is there."""
     from evaluate import evaluate
@@ -299,7 +263,7 @@ def warm_start(args, run: dict, model, run_dir: Path) -> None:
 
 def sample_before_training(args, run: dict, model) -> None:
     """Look at a few rollouts first: where no reward differs, GRPO has nothing to learn from."""
-    from report import show_samples
+    from report import call_reward, show_samples
 
     rows = [row for row in run["train"][:2] for _ in range(8)]
     prompts = [row["prompt"] for row in rows]

@@ -67,6 +67,15 @@ class CheckedReward:
         stop(f"reward {self.label} returned {value!r}, which is no number")
 
 
+def call_reward(func, rows: list[dict], texts: list[str]) -> list[float]:
+    """Call a reward with all that TRL gives it."""
+    columns = {name: [row[name] for row in rows] for name in ("question", "answer")}
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    return func(prompts=[row["prompt"] for row in rows], completions=completions, **columns,
+                completion_ids=[[1] for _ in rows], trainer_state=None,
+                log_extra=lambda *_: None, log_metric=lambda *_: None)
+
+
 class RunWatch(TrainerCallback):
     """Writes metrics.jsonl and completions.jsonl, shows progress, and guards the weights.
 

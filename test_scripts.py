@@ -782,7 +782,7 @@ def test_out_of_memory_comes_in_the_rehearsal_and_says_which_part(tiny_model, ca
     model = models.load_model(str(tiny_model), "float32")
     run = {"tokenizer": models.load_tokenizer(str(tiny_model)), "dtype": "bfloat16",
            "train": [{"tokens": 9}]}
-    script.rehearse(args, run, model)
+    machine.rehearse(args, run, model)
     assert all(p.grad is None for p in model.parameters())
 
     def full(*_, **__):
@@ -790,10 +790,10 @@ def test_out_of_memory_comes_in_the_rehearsal_and_says_which_part(tiny_model, ca
 
     model.forward = full
     assert "in the rollouts; type the same with --batch-size 4 --gradient-accumulation-steps 4" \
-        in stopped(capsys, script.rehearse, args, run, model)
+        in stopped(capsys, machine.rehearse, args, run, model)
     args.vllm, args.batch_size = "colocate", 1
     assert "in the update; type the same with --max-completion-length 2" in stopped(
-        capsys, script.rehearse, args, run, model)
+        capsys, machine.rehearse, args, run, model)
 
 
 def test_check_env_names_what_would_break(capsys, monkeypatch):
