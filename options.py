@@ -297,6 +297,7 @@ def grpo_config(args, dtype: str, output_dir: str):
     fields = {
         "logging_steps": 1, "disable_tqdm": True, "save_total_limit": 2, "max_grad_norm": 1.0,
         "lr_scheduler_type": "constant",  # runs are short: a warm-up's first step trains nothing
+        "optim": "adamw_torch_fused", "weight_decay": 0.0, "warmup_steps": 0,  # Unsloth's differ
     } | ours
     known = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
     for pair in args.set:
