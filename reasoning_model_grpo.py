@@ -12,7 +12,6 @@ Questions -> model -> evaluation -> warm start -> GRPO -> evaluation -> adapter,
 TRL's GRPOTrainer does the training; what it can do beyond these options goes through --set.
 """
 
-import importlib.metadata
 import json
 import os
 import shlex
@@ -25,7 +24,8 @@ from pathlib import Path
 
 import models
 from machine import (
-    check_env, estimate_memory, estimate_minutes, out_of_memory, rehearse, start_backend,
+    check_env, estimate_memory, estimate_minutes, installed, out_of_memory, rehearse,
+    start_backend,
 )
 from models import (
     choose_dtype, complete, count_parameters, find_model, find_trained, has_gpu, is_main_process,
@@ -36,7 +36,7 @@ from options import (
 )
 from questions import add_prompts, load_questions, rendered
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "unsloth", "vllm")
 STAGES = {"before": "before", "warm_start": "after warm start", "after": "after GRPO"}
 COMPLETION = {"generated": 72}
 CHECKPOINTS = "checkpoint-*/trainer_state.json"  # written last, so what has it is whole
@@ -95,7 +95,7 @@ def prepare(args) -> dict:
 
 
 def versions() -> dict:
-    return {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {package: version for package in PACKAGES if (version := installed(package))}
 
 
 def show_plan(args, run: dict, run_dir: Path) -> None:
@@ -397,7 +397,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_options(argv, __doc__)
     if args.check_env:
         raise SystemExit(check_env(args))
-    start_backend(args)
+    if not (args.evaluate_only or args.adapter):
+        start_backend(args)
     quiet_libraries()
     if args.evaluate_only:
         return evaluate_only(args)
