@@ -50,11 +50,14 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1.0 - comb(n - right, k) / comb(n, k)
 
 
-def majority(texts: list[str], fmt: str) -> str | None:
-    """The answer most samples give, first seen on a tie (arXiv:2203.11171); None if none parses."""
+def vote(texts: list[str], fmt: str) -> tuple[str | None, int]:
+    """The answer most samples give and how many do, first seen on a tie (arXiv:2203.11171).
+
+    Answers that are no number don't vote; (None, 0) if none is.
+    """
     numbers = [parse_number(answer_block(text, fmt) or "") for text in texts]
     votes = Counter(number for number in numbers if number is not None)
-    return str(votes.most_common(1)[0][0]) if votes else None
+    return next(((str(n), count) for n, count in votes.most_common(1)), (None, 0))
 
 
 def grade(completion, gold: str, fmt: str) -> dict:
@@ -105,11 +108,11 @@ def evaluate(
         result = {"question": row["question"], "gold": row["answer"]}
         result |= grade(mine[0], row["answer"], fmt)
         if samples > 1:
-            vote = majority([completion.text for completion in mine], fmt)
+            chosen, _ = vote([completion.text for completion in mine], fmt)
             result["samples"] = [completion.text for completion in mine]
             result["right"] = sum(is_correct(c.text, row["answer"], fmt=fmt) for c in mine)
             result["majority"] = int(
-                vote is not None and parse_number(vote) == parse_number(row["answer"])
+                chosen is not None and parse_number(chosen) == parse_number(row["answer"])
             )
         results.append(result)
     if path:

@@ -63,11 +63,11 @@ def export(kinds: list[str], trained: Trained, tokenizer, run_dir: Path, hub_id:
         print(f"Hub: {push(trained, run_dir, hub_id)}")
 
 
-def merge(trained: Trained, tokenizer, target: Path) -> None:
+def merge(trained: Trained, tokenizer, target: Path, dtype: str = "bfloat16") -> None:
     """Adapter and base as one model, on 16-bit weights: merging onto 4-bit ones loses digits."""
     if (target / "config.json").is_file():
         return
-    merged = load_trained(trained, "bfloat16", False).merge_and_unload()
+    merged = load_trained(trained, dtype, False).merge_and_unload()
     merged.save_pretrained(target)
     tokenizer.save_pretrained(target)
 

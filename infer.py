@@ -1,26 +1,31 @@
 """Ask a trained model: its reasoning, then its answer.
 
     python infer.py "Anna has 3 boxes with 4 pens each. How many pens does she have?"
-    python infer.py --adapter outputs/smollm2-135m/grpo_saved_lora "..."
-    python infer.py --file questions.txt --json > answers.jsonl
-    cat questions.txt | python infer.py
+    python infer.py --samples 8 "..."                       # majority vote of 8 samples
+    python infer.py --file questions.txt --jsonl answers.jsonl [--resume]
+    cat questions.txt | python infer.py --json
+    python infer.py --chat
 
 Takes the newest adapter under outputs/ unless told otherwise, and prompts it as it was trained.
-Greedy by default. It answers through transformers + PEFT; it does not serve, and does not stream.
+Greedy by default. --serve PORT prints the command of vLLM's own OpenAI-compatible server.
 """
 
 import argparse
 import csv
 import json
+import shlex
 import sys
 from pathlib import Path
 
+from engines import Sampling, load_engine, lora_rank
+from evaluate import vote
 from models import (
-    build_prompt, choose_dtype, complete, find_trained, load_tokenizer, load_trained,
-    quiet_libraries, stop,
+    build_prompt, choose_dtype, find_trained, load_tokenizer, quiet_libraries, stop,
 )
 from options import OneLineParser, number
 from rewards import FORMATS, answer_block
+
+CHUNK = 64  # questions answered before they are shown and written
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,15 +34,39 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("question", nargs="?", help="left out: questions from --file or standard input")
     add("--file", type=Path, help=".txt (one a line), .jsonl or .csv (column question)")
+    add("--skip-bad", action="store_true", help="pass over the bad lines of --file, aloud")
     add("--adapter", type=Path, metavar="DIR", help="default: the newest under outputs/")
     add("--model", help="without --adapter: a base or fully trained model; with it: its base")
+    add("--engine", choices=("auto", "unsloth", "vllm", "transformers"), default="auto")
+    add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="default: as trained")
     add("--max-tokens", type=number(int, 1), help="default: as in training")
-    add("--temperature", type=number(float, 0), default=0.0, help="0 = greedy")
+    add("--temperature", type=number(float, 0), help="default: 0 = greedy; 0.8 with --samples")
     add("--top-p", type=number(float, 0, inclusive=False), default=1.0)
     add("--seed", type=number(int, 0), default=0)
-    add("--batch-size", type=number(int, 1), default=32)
+    add("--samples", type=number(int, 1), default=1, metavar="K", help="K draws, majority vote")
+    add("--compare", action="store_true", help="also without the adapter")
+    add("--chat", action="store_true", help="ask one after the other: /samples N /reset /quit")
+    add("--serve", type=number(int, 1), metavar="PORT", help="print the server's command")
     add("--json", action="store_true", help="one JSON object a question")
+    add("--jsonl", type=Path, metavar="FILE", help="the same into a file, as they come")
+    add("--resume", action="store_true", help="go on with what --jsonl FILE already holds")
     return parser
+
+
+def check(args) -> None:
+    """Stop at what can't work, before anything heavy is imported."""
+    if args.resume and not args.jsonl:
+        stop("--resume goes with --jsonl FILE, whose answers it goes on with")
+    if args.jsonl and args.jsonl.exists() and not args.resume:
+        stop(f"{args.jsonl} exists: --resume goes on with it, or name another file")
+    if args.samples > 1 and args.temperature == 0:
+        stop("--samples of --temperature 0 would all be the same; leave out --temperature")
+    if args.chat and args.engine in ("vllm", "unsloth"):
+        stop("--chat streams through transformers; leave out --engine")
+    if args.compare and args.model and not args.adapter:
+        stop("--compare needs an adapter; --model alone has none")
+    if args.temperature is None:
+        args.temperature = 0.8 if args.samples > 1 else 0.0
 
 
 def newest_adapter() -> Path:
@@ -50,88 +79,209 @@ def newest_adapter() -> Path:
 
 
 def read_questions(args) -> list[str]:
+    """The questions, stripped; a bad line ends the run or, with --skip-bad, is passed over."""
     if args.question is not None:
-        lines = [args.question]
+        lines = [(1, args.question)]
     elif args.file is None:
         if sys.stdin.isatty():
             stop('no question: python infer.py "How many ...?", or --file, or standard input')
-        lines = sys.stdin.read().splitlines()
+        lines = enumerate(sys.stdin.read().splitlines(), 1)
     elif not args.file.is_file():
         stop(f"no file {args.file}")
-    elif args.file.suffix == ".jsonl":
-        with args.file.open(encoding="utf-8") as file:
-            lines = [question_of(text, i, args.file) for i, text in enumerate(file, 1)
-                     if text.strip()]
-    elif args.file.suffix == ".csv":
-        with args.file.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if "question" not in (reader.fieldnames or []):
-                stop(f"{args.file} has no column question; it has {reader.fieldnames}")
-            lines = [row["question"] for row in reader]
     else:
-        lines = args.file.read_text(encoding="utf-8").splitlines()
-    questions = [line.strip() for line in lines if line and line.strip()]
+        lines = file_lines(args.file)
+    questions = []
+    for i, line in lines:
+        if isinstance(line, Exception):
+            problem = f"{args.file}, line {i}: {line}"
+            if not args.skip_bad:
+                stop(f"{problem}; --skip-bad passes over such lines")
+            print(f"skipped: {problem}", file=sys.stderr)
+        elif line.strip():
+            questions.append(line.strip())
     return questions or stop("the question is empty")
 
 
-def question_of(line: str, number: int, path: Path) -> str:
+def file_lines(path: Path) -> list[tuple[int, str | Exception]]:
+    """(line number, question, or what is wrong with the line) of a .txt, .jsonl or .csv file."""
+    try:
+        with path.open(newline="" if path.suffix == ".csv" else None, encoding="utf-8") as file:
+            if path.suffix == ".csv":
+                reader = csv.DictReader(file)
+                if "question" not in (reader.fieldnames or []):
+                    stop(f"{path} has no column question; it has {reader.fieldnames}")
+                return [(reader.line_num, row["question"] or ValueError("no question"))
+                        for row in reader]
+            if path.suffix == ".jsonl":
+                return [(i, question_of(line)) for i, line in enumerate(file, 1) if line.strip()]
+            return list(enumerate(file, 1))
+    except (OSError, UnicodeDecodeError, csv.Error) as problem:
+        stop(f"{path} can't be read: {problem}")
+
+
+def question_of(line: str) -> str | Exception:
     try:
         return str(json.loads(line)["question"])
     except (ValueError, KeyError, TypeError):
-        stop(f"{path}, line {number}: no JSON object with a question")
+        return ValueError("no JSON object with a question")
 
 
-def show(question: str, completion, fmt: str, as_json: bool, many: bool) -> None:
-    answer = answer_block(completion.text, fmt)
-    reasoning_open, reasoning_close = FORMATS[fmt].tags[:2]
-    reasoning = completion.text.partition(reasoning_open)[2].partition(reasoning_close)[0].strip()
-    if as_json:
-        row = {"question": question, "reasoning": reasoning or completion.text, "answer": answer,
-               "completion": completion.text, "truncated": completion.truncated}
-        return print(json.dumps(row, ensure_ascii=False), flush=True)
+def answered(args, questions: list[str]) -> int:
+    """How many questions FILE of --jsonl answers already; a line cut short by a break is redone."""
+    if not args.resume or not args.jsonl.is_file():
+        return 0
+    *whole, rest = args.jsonl.read_text(encoding="utf-8").split("\n")
+    if [json.loads(line)["question"] for line in whole] != questions[: len(whole)]:
+        stop(f"{args.jsonl} answers other questions; name another file")
+    if rest:
+        args.jsonl.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+    print(f"{len(whole)} of {len(questions)} are answered already", file=sys.stderr)
+    return len(whole)
+
+
+def ask(engine, prompts: list, sampling: Sampling, samples: int, fmt: str, **how) -> list[dict]:
+    """A row for each prompt: its completion, or the one that the vote of its samples chose."""
+    completions = engine.generate([p for p in prompts for _ in range(samples)], sampling, **how)
+    rows = []
+    for start in range(0, len(completions), samples):
+        mine = completions[start : start + samples]
+        chosen, count = vote([one.text for one in mine], fmt)
+        best = next((one for one in mine if chosen and vote([one.text], fmt)[0] == chosen), mine[0])
+        opening, closing = FORMATS[fmt].tags[:2]
+        reasoning = best.text.partition(opening)[2].partition(closing)[0].strip()
+        row = {"reasoning": reasoning or best.text.strip(), "answer": answer_block(best.text, fmt),
+               "completion": best.text, "truncated": best.truncated}
+        rows.append(row | ({"votes": count, "samples": samples} if samples > 1 else {}))
+    return rows
+
+
+def show(row: dict, many: bool) -> None:
     if many:
-        print(f"\n> {question}")
-    print(reasoning or completion.text.strip())
-    cut = " (cut off: raise --max-tokens)" if completion.truncated else ""
-    print(f"answer: {answer if answer is not None else 'none in the format'}{cut}", flush=True)
+        print(f"\n> {row['question']}")
+    for name, part in (("without the adapter: ", row.get("without_adapter")), ("", row)):
+        if part:
+            print(f"{name}{part['reasoning']}")
+            cut = " (cut off: raise --max-tokens)" if part["truncated"] else ""
+            votes = f" ({part['votes']} of {part['samples']})" if "votes" in part else ""
+            answer = part["answer"] if part["answer"] is not None else "none in the format"
+            print(f"{name}answer: {answer}{votes}{cut}", flush=True)
 
 
-def check_lengths(questions, prompts, tokenizer, load_from: str, room: int) -> None:
+def check_lengths(questions, prompts, tokenizer, load_from: str, room: int) -> int:
+    """Tokens that the longest prompt and its completion take; stops where the model has fewer."""
     from transformers import AutoConfig
 
-    limit = getattr(AutoConfig.from_pretrained(load_from), "max_position_embeddings", None)
+    limit, longest = getattr(AutoConfig.from_pretrained(load_from), "max_position_embeddings", 0), 0
     for question, prompt in zip(questions, prompts):
         tokens = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"])
         if limit and tokens + room > limit:
             stop(f"too long: {tokens} tokens and --max-tokens {room} exceed the model's {limit}: "
                  f"{question[:60]}...")
+        longest = max(longest, tokens + room)
+    return longest
+
+
+def answer_all(args, questions, prompts, engine, sampling, fmt: str) -> None:
+    """Answer in chunks; shown and written as they come, so that a broken run keeps what it had."""
+    from rich.console import Console
+    from rich.progress import track
+
+    many, file = len(questions) > 1, None
+    if args.jsonl:
+        file = args.jsonl.open("a", encoding="utf-8")
+    chunks = track(range(0, len(prompts), CHUNK), "answering", console=Console(stderr=True),
+                   disable=not (many and (args.jsonl or args.json)), transient=True)  # fmt: skip
+    for start in chunks:
+        part = slice(start, start + CHUNK)
+        rows = ask(engine, prompts[part], sampling, args.samples, fmt)
+        if args.compare:
+            plain = ask(engine, prompts[part], sampling, args.samples, fmt, adapter=False)
+            rows = [row | {"without_adapter": other} for row, other in zip(rows, plain)]
+        for question, row in zip(questions[part], rows):
+            row = {"question": question} | row
+            if file or args.json:
+                print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+            else:
+                show(row, many)
+    if file:
+        file.close()
+        print(f"in {args.jsonl}", file=sys.stderr)
+
+
+def chat(engine, tokenizer, trained, sampling: Sampling, samples: int, fmt: str) -> None:
+    """Questions one after the other: the reasoning streams, dimmed, then the answer in bold."""
+    from rich.console import Console
+    from rich.text import Text
+    from transformers import TextStreamer
+
+    class Dim(TextStreamer):
+        def on_finalized_text(self, text, stream_end=False):
+            console.print(Text(text, style="dim"), end="\n" if stream_end else "")
+
+    console, turns = Console(), []
+    console.print("a question, or /samples N, /reset, /quit", style="dim")
+    while True:
+        try:
+            line = console.input("[bold]> [/]").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        command, _, value = line.partition(" ")
+        if command == "/quit":
+            return
+        if command == "/reset":
+            turns = []
+        elif command == "/samples" and value.isdigit() and int(value):
+            samples = int(value)
+            sampling = sampling._replace(temperature=0.8 if samples > 1 else 0.0)
+        elif line.startswith("/"):
+            console.print("/samples N, /reset or /quit", style="dim")
+        elif line:
+            prompt = build_prompt(line, fmt, trained.run.get("shots", []))
+            prompt[-1:-1] = turns  # after the system prompt and the worked examples
+            streamer = Dim(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            how = {"streamer": streamer} if samples == 1 else {}
+            (row,) = ask(engine, [prompt], sampling, samples, fmt, **how)
+            turns += [prompt[-1], {"role": "assistant", "content": row["completion"]}]
+            votes = f" ({row['votes']} of {samples})" if samples > 1 else ""
+            cut = " (cut off: raise --max-tokens)" if row["truncated"] else ""
+            console.print(Text(f"answer: {row['answer']}{votes}{cut}", style="bold"))
+
+
+def serve_command(port: int, trained) -> str:
+    command = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", trained.load_from,
+               "--port", str(port)]  # fmt: skip
+    if trained.adapter:
+        command += ["--enable-lora", "--max-lora-rank", str(lora_rank(trained.adapter)),
+                    "--lora-modules", f"reasoning={trained.adapter}"]
+    return shlex.join(command)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    questions = read_questions(args)
+    check(args)
+    questions = [] if args.chat or args.serve else read_questions(args)
+    done = answered(args, questions)
+    if questions and done == len(questions):
+        return
     quiet_libraries()
     alone = args.model and not args.adapter
     trained = find_trained(args.model, None if alone else args.adapter or newest_adapter())
-    run = trained.run
+    if args.serve:
+        return print(serve_command(args.serve, trained))
+    run, questions = trained.run, questions[done:]
     tokenizer = load_tokenizer(trained.load_from, run.get("chat_template", "own"))
     fmt, room = run.get("format", "xml"), args.max_tokens or run.get("max_completion_length", 512)
     prompts = [build_prompt(question, fmt, run.get("shots", [])) for question in questions]
-    check_lengths(questions, prompts, tokenizer, trained.load_from, room)
-    model = load_trained(trained, choose_dtype(run.get("dtype", "auto")),
-                         run.get("options", {}).get("load_in_4bit", False))
-    name = f"adapter {trained.adapter} on {trained.name}" if trained.adapter else trained.name
-    asked = "" if run else "; no args.json beside it, so asked in the xml format"
-    print(f"{name}, transformers on {model.device.type}{asked}", file=sys.stderr, flush=True)
-    from transformers import set_seed
-
-    set_seed(args.seed)
-    for start in range(0, len(prompts), args.batch_size):  # shown as they come
-        part = slice(start, start + args.batch_size)
-        done = complete(model, tokenizer, prompts[part], max_tokens=room, top_p=args.top_p,
-                        temperature=args.temperature, batch_size=args.batch_size)
-        for question, completion in zip(questions[part], done):
-            show(question, completion, fmt, args.json, len(questions) > 1)
+    longest = check_lengths(questions, prompts, tokenizer, trained.load_from, room)
+    engine = load_engine(
+        "transformers" if args.chat else args.engine, trained, tokenizer,
+        dtype=choose_dtype(args.dtype or run.get("dtype", "auto")), room=longest,
+        load_in_4bit=run.get("options", {}).get("load_in_4bit", False),
+        many=len(questions) * args.samples > 1, compare=args.compare)
+    sampling = Sampling(room, args.temperature, args.top_p, args.seed)
+    if args.chat:
+        return chat(engine, tokenizer, trained, sampling, args.samples, fmt)
+    answer_all(args, questions, prompts, engine, sampling, fmt)
 
 
 if __name__ == "__main__":

