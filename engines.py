@@ -3,6 +3,7 @@
 Each has `generate(prompts, sampling, adapter=True) -> [Completion]`; the base is loaded once.
 """
 
+import gc
 import hashlib
 import importlib.util
 import os
@@ -63,7 +64,16 @@ def load_engine(wanted: str, trained: Trained, tokenizer, *, dtype: str, load_in
     print(f"{what}; engine {name} ({why}) on {'cuda' if gpu else 'cpu'}, {dtype}{asked}",
           file=sys.stderr, flush=True)  # fmt: skip
     engine = {"transformers": Transformers, "vllm": Vllm, "unsloth": Unsloth}[name]
-    return engine(trained, tokenizer, dtype, load_in_4bit, room)
+    try:
+        return engine(trained, tokenizer, dtype, load_in_4bit, room)
+    except Exception as problem:  # vLLM and Unsloth raise all kinds
+        if name == "transformers":
+            raise
+        reason = " ".join(f"{name} can't start ({type(problem).__name__}: {problem})".split())
+        if wanted != "auto":
+            stop(f"{reason}; --engine transformers runs everywhere")
+        print(f"{reason}; transformers instead", file=sys.stderr, flush=True)
+        return Transformers(trained, tokenizer, dtype, load_in_4bit, room)
 
 
 class Transformers:
@@ -94,8 +104,11 @@ class Vllm:
     """
 
     def __init__(self, trained, tokenizer, dtype, load_in_4bit, room):
-        options, self.request, self.tokenizer = {}, None, tokenizer
-        load_from = trained.load_from
+        self.request, self.tokenizer, load_from = None, tokenizer, trained.load_from
+        options = {"dtype": dtype, "max_model_len": room, "use_tqdm_on_load": False}
+        # Its log would stand between the answers.
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         if has_gpu():
             options["quantization"] = "bitsandbytes" if load_in_4bit else None
             if trained.adapter:
@@ -104,14 +117,13 @@ class Vllm:
             # One process starts in 3 s instead of 15; compiling costs 70 s or more, gains nothing;
             # without a size of its own the cache asks for more memory than there is.
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-            options = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
+            options |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
             if trained.adapter:
                 load_from = str(merged_for(trained, tokenizer, dtype))
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
         from vllm.lora.request import LoRARequest
 
-        self.engine = LLM(model=load_from, dtype=dtype, max_model_len=room, **options)
+        self.engine = LLM(model=load_from, **options)
         if trained.adapter and has_gpu():
             self.request = LoRARequest("adapter", 1, str(trained.adapter))
 
@@ -128,11 +140,17 @@ class Vllm:
         params = [SamplingParams(
             temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed + i,
             max_tokens=sampling.max_tokens, stop_token_ids=[self.tokenizer.eos_token_id],
+            detokenize=False,
         ) for i in range(len(ids))]  # fmt: skip
         replies = generate([{"prompt_token_ids": one} for one in ids], params,
                            lora_request=request, use_tqdm=False)  # fmt: skip
-        first = [reply.outputs[0] for reply in replies]
-        return [Completion(r.text, len(r.token_ids), r.finish_reason == "length") for r in first]
+        return [self.read(reply.outputs[0]) for reply in replies]
+
+    def read(self, output) -> Completion:
+        """Decoded as transformers' completions are, so that equal tokens are equal text."""
+        ids, cut = list(output.token_ids), output.finish_reason == "length"
+        text = self.tokenizer.decode(ids if cut else ids[:-1], skip_special_tokens=True)
+        return Completion(text, len(ids), cut)
 
 
 class Unsloth(Vllm):
@@ -178,4 +196,6 @@ def merged_for(trained: Trained, tokenizer, dtype: str) -> Path:
         print("merging the adapter into its base, once", file=sys.stderr, flush=True)
         merge(trained, tokenizer, work / "model", dtype)
 
-    return build_once(f"merged-{key.hexdigest()[:16]}", build)
+    place = build_once(f"merged-{key.hexdigest()[:16]}", build)
+    gc.collect()  # the engine must not find two models in memory
+    return place

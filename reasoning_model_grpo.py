@@ -38,7 +38,7 @@ from questions import add_prompts, load_questions, rendered
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "unsloth", "vllm")
 STAGES = {"before": "before", "warm_start": "after warm start", "after": "after GRPO"}
-COMPLETION = {"generated": 64}
+COMPLETION = {"generated": 56}
 CHECKPOINTS = "checkpoint-*/trainer_state.json"  # written last, so what has it is whole
 WARM_START_BATCH = 8  # worked solutions a supervised step
 
