@@ -154,7 +154,8 @@ def rendered(question: dict, fmt: str) -> str:
 
 # ---- Generated questions -------------------------------------------------------------------------
 # (question, steps). A step is (left, operator, right); "_" is the result of the step before it.
-# Letters a-d are numbers drawn at random.
+# Letters a-d are numbers drawn at random. Few subtract: the 135M model does not (18 - 9 = 17), and
+# a question that no completion of a group solves teaches nothing.
 TEMPLATES = [
     ("{name} has {a} {thing}. {name} buys {b} more. How many {thing} does {name} have now?",
      [("a", "+", "b")]),
@@ -164,8 +165,8 @@ TEMPLATES = [
      [("a", "*", "b")]),
     ("{name} is {a} years old. {other} is {b} years older than {name}. How old is {other}?",
      [("a", "+", "b")]),
-    ("A shop had {a} {thing} in the morning and sold {b} of them. How many are left?",
-     [("a", "-", "b")]),
+    ("{name} walks {a} miles every day. How many miles does {name} walk in {b} days?",
+     [("a", "*", "b")]),
     ("One of the {thing} costs {a} dollars. How many dollars do {b} of the {thing} cost?",
      [("a", "*", "b")]),
     ("{name} found {a} {thing}, {other} found {b} {thing}, and then they lost {c} of them. "
@@ -176,16 +177,16 @@ TEMPLATES = [
      "How many {thing} did {name} start with?", [("a", "*", "b"), ("_", "+", "c")]),
     ("{name} buys {a} {thing} for {b} dollars each and pays {c} dollars for a bag. "
      "How many dollars does {name} pay?", [("a", "*", "b"), ("_", "+", "c")]),
-    ("{name} had {a} {thing}, bought {b} more, gave {c} to {other} and found {d} more. "
-     "How many {thing} does {name} have?", [("a", "+", "b"), ("_", "-", "c"), ("_", "+", "d")]),
+    ("{name} had {a} {thing}, bought {b} more, got {c} from {other} and found {d} more. "
+     "How many {thing} does {name} have?", [("a", "+", "b"), ("_", "+", "c"), ("_", "+", "d")]),
     ("{name} reads {a} pages a day for {b} days, then {c} pages on Saturday and {d} on Sunday. "
      "How many pages is that?", [("a", "*", "b"), ("_", "+", "c"), ("_", "+", "d")]),
 ]  # fmt: skip
 HELD_OUT_TEMPLATES = [  # never trained on: a gain on these is not memory
-    ("A bus has {a} people on it. At the next stop {b} people get on. How many people ride now?",
+    ("{name} catches {a} fish and {other} catches {b} fish. How many fish do they catch together?",
      [("a", "+", "b")]),
-    ("A baker made {a} {thing}. Customers took {b} of them. How many {thing} remain?",
-     [("a", "-", "b")]),
+    ("A room has {a} tables with {b} chairs at each table. How many chairs are in the room?",
+     [("a", "*", "b")]),
     ("{name} plants {a} rows of {b} trees. Then {c} more trees are planted. "
      "How many trees are there?", [("a", "*", "b"), ("_", "+", "c")]),
 ]  # fmt: skip
