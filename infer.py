@@ -156,15 +156,23 @@ def ask(engine, prompts: list, sampling: Sampling, samples: int, fmt: str, **how
 
 
 def show(row: dict, many: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     if many:
         print(f"\n> {row['question']}")
-    for name, part in (("without the adapter: ", row.get("without_adapter")), ("", row)):
-        if part:
-            print(f"{name}{part['reasoning']}")
-            cut = " (cut off: raise --max-tokens)" if part["truncated"] else ""
-            votes = f" ({part['votes']} of {part['samples']})" if "votes" in part else ""
-            answer = part["answer"] if part["answer"] is not None else "none in the format"
-            print(f"{name}answer: {answer}{votes}{cut}", flush=True)
+    if "without_adapter" not in row:
+        return print(f"{row['reasoning']}\n{answer_line(row)}", flush=True)
+    sides, table = (row, row["without_adapter"]), Table("with the adapter", "without it")
+    table.add_row(*(side["reasoning"] for side in sides))
+    table.add_row(*map(answer_line, sides))
+    Console(markup=False).print(table)
+
+
+def answer_line(row: dict) -> str:
+    answer = "none in the format" if row["answer"] is None else row["answer"]
+    votes = f" ({row['votes']} of {row['samples']})" if "votes" in row else ""
+    return f"answer: {answer}{votes}" + " (cut off: raise --max-tokens)" * row["truncated"]
 
 
 def check_lengths(questions, prompts, tokenizer, load_from: str, room: int) -> int:
@@ -242,9 +250,7 @@ def chat(engine, tokenizer, trained, sampling: Sampling, samples: int, fmt: str)
             how = {"streamer": streamer} if samples == 1 else {}
             (row,) = ask(engine, [prompt], sampling, samples, fmt, **how)
             turns += [prompt[-1], {"role": "assistant", "content": row["completion"]}]
-            votes = f" ({row['votes']} of {samples})" if samples > 1 else ""
-            cut = " (cut off: raise --max-tokens)" if row["truncated"] else ""
-            console.print(Text(f"answer: {row['answer']}{votes}{cut}", style="bold"))
+            console.print(Text(answer_line(row), style="bold"))
 
 
 def serve_command(port: int, trained) -> str:
