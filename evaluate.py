@@ -18,12 +18,8 @@ from pathlib import Path
 from models import complete
 from rewards import answer_block, format_fault, is_correct, parse_number
 
-METRICS = {  # name of a 0/1 column in the rows -> what people read
-    "strict": "strict accuracy",
-    "flexible": "flexible accuracy",
-    "format": "strict format",
-    "truncated": "truncated",
-}
+METRICS = {"strict": "strict accuracy", "flexible": "flexible accuracy",  # 0/1 columns of the rows
+           "format": "strict format", "truncated": "truncated"}  # fmt: skip
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -74,34 +70,17 @@ def grade(completion, gold: str, fmt: str) -> dict:
 
 def evaluate(
     model, tokenizer, rows: list[dict], fmt: str, *, max_tokens: int, path: Path | None = None,
-    label: str = "evaluating", samples: int = 1, temperature: float = 0.0, batch_size: int = 64,
-    show: bool = True,
+    label: str = "", samples: int = 1, temperature: float = 0.0,
 ) -> list[dict]:  # fmt: skip
     """Answer every row ({"prompt", "question", "answer"}) and grade it; one result row a question.
 
     Greedy by default. With samples > 1 a row also has "right" (how many samples are strictly right)
     and "majority" (whether their vote is), and its other columns are those of the first sample.
-    Written to `path` (.jsonl) when all are done.
+    Written to `path` (.jsonl) when all are done; a `label` stands before a progress bar.
     """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        disable=not show,
-    )  # fmt: skip
     prompts = [row["prompt"] for row in rows for _ in range(samples)]
-    with bar:
-        task = bar.add_task(label, total=len(prompts))
-        completions = complete(
-            model, tokenizer, prompts, max_tokens=max_tokens, batch_size=batch_size,
-            temperature=temperature, on_batch=lambda done, _: bar.advance(task, len(done)),
-        )  # fmt: skip
+    completions = complete(model, tokenizer, prompts, max_tokens=max_tokens, label=label,
+                           temperature=temperature)
     results = []
     for i, row in enumerate(rows):
         mine = completions[i * samples : (i + 1) * samples]
@@ -123,8 +102,7 @@ def evaluate(
 
 def validate(model, tokenizer, rows: list[dict], args) -> tuple[float, float]:
     """(strict accuracy, strict format share) on validation rows, to choose the best adapter by."""
-    results = evaluate(model, tokenizer, rows, args.format, show=False,
-                       max_tokens=args.max_completion_length)
+    results = evaluate(model, tokenizer, rows, args.format, max_tokens=args.max_completion_length)
     return tuple(sum(r[metric] for r in results) / len(results) for metric in ("strict", "format"))
 
 
@@ -158,10 +136,10 @@ def verdict(before: list[dict], after: list[dict], metric: str = "strict") -> di
     return {"change": change, "p": p, "words": f"{words}, McNemar p = {p:.2g}, n = {len(before)}"}
 
 
-def report(stages: dict[str, list[dict]], path: Path | None = None) -> list[str]:
+def report(stages: dict[str, list[dict]], path: Path) -> None:
     """Print the table of all stages and what changed from each to the next and over all.
 
-    Writes the same to `path` (evaluation.json). Returns the sentences.
+    Writes the same to `path` (evaluation.json).
     """
     from rich.console import Console
     from rich.table import Table
@@ -175,9 +153,8 @@ def report(stages: dict[str, list[dict]], path: Path | None = None) -> list[str]
             cells = [interval(summary[metric]) for summary in summaries.values()]
             table.add_row(METRICS.get(metric, "majority vote"), *cells)
     for k in next(iter(summaries.values())).get("pass_at_k", {}):
-        table.add_row(
-            f"pass@{k}", *(f"{100 * s['pass_at_k'][k]:.1f} %" for s in summaries.values())
-        )
+        cells = [f"{100 * summary['pass_at_k'][k]:.1f} %" for summary in summaries.values()]
+        table.add_row(f"pass@{k}", *cells)
     table.add_row("mean tokens", *(f"{s['mean_tokens']:.0f}" for s in summaries.values()))
     Console().print(table)
     names = list(stages)
@@ -185,13 +162,9 @@ def report(stages: dict[str, list[dict]], path: Path | None = None) -> list[str]
     if len(names) > 2:
         pairs.append((names[0], names[-1]))
     changes = {f"{a} → {b}": verdict(stages[a], stages[b]) for a, b in pairs}
-    sentences = [f"{pair}: {change['words']}" for pair, change in changes.items()]
-    print("\n".join(sentences))
-    if path:
-        record = {"stages": summaries, "changes": changes}
-        text = json.dumps(record, indent=2, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
-    return sentences
+    print(*(f"{pair}: {change['words']}" for pair, change in changes.items()), sep="\n")
+    record = {"stages": summaries, "changes": changes}
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def interval(metric: dict) -> str:

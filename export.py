@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from models import Trained, complete, is_main_process, load_trained, render_prompts, stop
+from models import (
+    Trained, complete, find_trained, load_tokenizer, load_trained, render_prompts, stop,
+)
 
 
 def check_adapter(model, tokenizer, prompt: list[dict], directory: Path) -> None:
@@ -49,18 +51,18 @@ def ask_fast(model, tokenizer, prompt: list[dict], directory: Path, max_tokens: 
     return reply.outputs[0].text
 
 
-def export(kinds: list[str], trained: Trained, tokenizer, run_dir: Path, hub_id: str | None):
+def export(args, adapter: Path) -> None:
     """Write what --export asked for, beside the adapter."""
-    if not is_main_process():
-        return
+    base = args.model if args.model_named and adapter == args.adapter else None
+    trained, run_dir = find_trained(base, adapter), adapter.parent
     merged = run_dir / "merged_16bit"
-    if {"merged", "gguf"} & set(kinds):
-        merge(trained, tokenizer, merged)
+    if {"merged", "gguf"} & set(args.export):
+        merge(trained, load_tokenizer(trained.load_from, args.chat_template), merged)
         print(f"merged: {merged}")
-    if "gguf" in kinds:
+    if "gguf" in args.export:
         print(f"GGUF: {write_gguf(merged, run_dir / 'model.gguf')}")
-    if "hub" in kinds:
-        print(f"Hub: {push(trained, run_dir, hub_id)}")
+    if "hub" in args.export:
+        print(f"Hub: {push(trained, run_dir, args.hub_id)}")
 
 
 def merge(trained: Trained, tokenizer, target: Path, dtype: str = "bfloat16") -> None:

@@ -11,7 +11,6 @@ Greedy by default. --serve PORT prints the command of vLLM's own OpenAI-compatib
 """
 
 import argparse
-import csv
 import json
 import shlex
 import sys
@@ -23,6 +22,7 @@ from models import (
     build_prompt, choose_dtype, find_trained, load_tokenizer, quiet_libraries, stop,
 )
 from options import OneLineParser, number
+from questions import read_lines
 from rewards import FORMATS, answer_block
 
 CHUNK = 64  # questions answered before they are shown and written
@@ -81,49 +81,25 @@ def newest_adapter() -> Path:
 def read_questions(args) -> list[str]:
     """The questions, stripped; a bad line ends the run or, with --skip-bad, is passed over."""
     if args.question is not None:
-        lines = [(1, args.question)]
-    elif args.file is None:
-        if sys.stdin.isatty():
-            stop('no question: python infer.py "How many ...?", or --file, or standard input')
-        lines = enumerate(sys.stdin.read().splitlines(), 1)
-    elif not args.file.is_file():
-        stop(f"no file {args.file}")
-    else:
-        lines = file_lines(args.file)
+        return [args.question.strip() or stop("the question is empty")]
+    if args.file is None and sys.stdin.isatty():
+        stop('no question: python infer.py "How many ...?", or --file, or standard input')
+    try:
+        lines = list(read_lines(args.file)) if args.file else [
+            (i, {"question": line}) for i, line in enumerate(sys.stdin, 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as problem:
+        stop(f"{args.file} can't be read: {problem}")
     questions = []
-    for i, line in lines:
-        if isinstance(line, Exception):
-            problem = f"{args.file}, line {i}: {line}"
-            if not args.skip_bad:
-                stop(f"{problem}; --skip-bad passes over such lines")
+    for i, row in lines:
+        question = str(isinstance(row, dict) and row.get("question") or "").strip()
+        problem = f"{args.file}, line {i}: no question in {str(row)[:80]}"
+        if question:
+            questions.append(question)
+        elif args.skip_bad:
             print(f"skipped: {problem}", file=sys.stderr)
-        elif line.strip():
-            questions.append(line.strip())
+        else:
+            stop(f"{problem}; --skip-bad passes over such lines")
     return questions or stop("the question is empty")
-
-
-def file_lines(path: Path) -> list[tuple[int, str | Exception]]:
-    """(line number, question, or what is wrong with the line) of a .txt, .jsonl or .csv file."""
-    try:
-        with path.open(newline="" if path.suffix == ".csv" else None, encoding="utf-8") as file:
-            if path.suffix == ".csv":
-                reader = csv.DictReader(file)
-                if "question" not in (reader.fieldnames or []):
-                    stop(f"{path} has no column question; it has {reader.fieldnames}")
-                return [(reader.line_num, row["question"] or ValueError("no question"))
-                        for row in reader]
-            if path.suffix == ".jsonl":
-                return [(i, question_of(line)) for i, line in enumerate(file, 1) if line.strip()]
-            return list(enumerate(file, 1))
-    except (OSError, UnicodeDecodeError, csv.Error) as problem:
-        stop(f"{path} can't be read: {problem}")
-
-
-def question_of(line: str) -> str | Exception:
-    try:
-        return str(json.loads(line)["question"])
-    except (ValueError, KeyError, TypeError):
-        return ValueError("no JSON object with a question")
 
 
 def answered(args, questions: list[str]) -> int:
@@ -270,6 +246,9 @@ def main(argv: list[str] | None = None) -> None:
     if questions and done == len(questions):
         return
     quiet_libraries()
+    from transformers import set_seed
+
+    set_seed(args.seed)
     alone = args.model and not args.adapter
     trained = find_trained(args.model, None if alone else args.adapter or newest_adapter())
     if args.serve:

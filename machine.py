@@ -7,7 +7,6 @@ The decisions are functions of plain values, so they are tested where there is n
 
 import importlib.metadata
 import os
-import platform
 import re
 import shutil
 import sys
@@ -145,19 +144,13 @@ def estimate_memory(config, parameters: int, args, dtype: str, prompt: int) -> d
     length = prompt + args.max_completion_length
     # NF4 with double quantisation takes 4.127 bits a weight (QLoRA, arXiv:2305.14314).
     weight = 4.127 / 8 if args.load_in_4bit else size
-    if args.full_finetune:
-        trained = parameters
-    else:
-        shapes = {"q_proj": hidden + hidden, "o_proj": hidden + hidden, "k_proj": hidden + kv,
-                  "v_proj": hidden + kv, "gate_proj": hidden + inner, "up_proj": hidden + inner,
-                  "down_proj": hidden + inner}  # fmt: skip
-        widths = sum(shapes.get(name, 2 * hidden) for name in args.lora_targets)
-        trained = layers * args.lora_rank * widths
+    ends = {"k_proj": kv, "v_proj": kv, "gate_proj": inner, "up_proj": inner, "down_proj": inner}
+    widths = sum(hidden + ends.get(name, hidden) for name in args.lora_targets)  # in and out
+    trained = parameters if args.full_finetune else layers * args.lora_rank * widths
     # What autograd keeps of a layer and token: its inputs, norms, q, k, v, gate, up and products,
     # the adapter's copies of its inputs in float32, and the attention scores of a whole row.
     a_token = size * (10 * hidden + 2 * kv + 4 * inner) + 4 * (5 * hidden + inner)
-    flash = has_gpu()  # fused attention keeps no scores
-    a_token += 0 if flash else size * 3 * heads * length
+    a_token += 0 if has_gpu() else size * 3 * heads * length  # fused attention keeps no scores
     kept = size * hidden * layers + a_token if args.gradient_checkpointing else a_token * layers
     rollouts = 2 * layers * kv * size * length * micro_batch * args.gradient_accumulation_steps
     parts = {
@@ -254,7 +247,7 @@ def check_env(args) -> int:
         wrong += [f"{name}=={version}"] * (needed and not same)
         table.add_row(name, have or "-", version, "" if same else "differs" if have else "missing")
     Console().print(table)
-    facts = {"python": platform.python_version(), "memory": f"{_memory_gb():.0f} GB"}
+    facts = {"python": sys.version.split()[0]}
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         wrong.append("python 3.11 to 3.13")
     if gpu:
@@ -277,7 +270,3 @@ def check_env(args) -> int:
     if wrong:
         print(f"would break: {', '.join(wrong)}; mend it with: pip install -r {file}")
     return int(bool(wrong))
-
-
-def _memory_gb() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9

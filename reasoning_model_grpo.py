@@ -23,6 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import models
+from export import ask_fast, check_adapter, export
 from machine import (
     check_env, estimate_memory, estimate_minutes, installed, out_of_memory, rehearse,
     start_backend,
@@ -38,7 +39,6 @@ from questions import add_prompts, load_questions, rendered
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "unsloth", "vllm")
 STAGES = {"before": "before", "warm_start": "after warm start", "after": "after GRPO"}
-COMPLETION = {"generated": 56}
 CHECKPOINTS = "checkpoint-*/trainer_state.json"  # written last, so what has it is whole
 WARM_START_BATCH = 8  # worked solutions a supervised step
 
@@ -62,7 +62,8 @@ def prepare(args) -> dict:
         stop(f"{args.model} is no chat model that can be loaded: {problem}")
     train, test = load_questions(args)
     # 99 % of the generated questions' worked solutions have at most 53 tokens, GSM8K's 254.
-    args.max_completion_length = args.max_completion_length or COMPLETION.get(args.dataset, 256)
+    measured = 56 if args.dataset == "generated" else 256
+    args.max_completion_length = args.max_completion_length or measured
     context = getattr(config, "max_position_embeddings", None)
     if context and args.max_prompt_length + args.max_completion_length > context:
         stop(f"--max-prompt-length {args.max_prompt_length} + --max-completion-length "
@@ -307,7 +308,6 @@ def train(args, run: dict, model, run_dir: Path, checkpoint: Path | None):
 
 def save(args, run: dict, model, run_dir: Path) -> Path:
     """The adapter (or the whole model), its tokenizer and args.json, ready for infer.py."""
-    from export import ask_fast, check_adapter
     from report import write_html
 
     write_html(run_dir, args.format)
@@ -383,16 +383,6 @@ def evaluate_only(args) -> None:
     print(f"in {run_dir}: evaluation.json and evaluation.jsonl")
 
 
-def export_adapter(args, adapter: Path | None = None) -> None:
-    """What --export asks for, of the adapter just trained or of --adapter."""
-    from export import export
-
-    model = args.model if args.model_named and not adapter else None
-    trained = find_trained(model, adapter or args.adapter)
-    tokenizer = load_tokenizer(trained.load_from, args.chat_template)
-    export(args.export, trained, tokenizer, trained.adapter.parent, args.hub_id)
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_options(argv, __doc__)
     if args.check_env:
@@ -403,7 +393,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.evaluate_only:
         return evaluate_only(args)
     if args.adapter:
-        return export_adapter(args)
+        return export(args, args.adapter) if is_main_process() else None
     begun, run_dir = time.time(), choose_run_dir(args)
     from accelerate import PartialState
 
@@ -433,7 +423,7 @@ def main(argv: list[str] | None = None) -> None:
             measure("after", args, run, model, run_dir)
         finish(args, run, directory, run_dir, watch)
         if args.export:
-            export_adapter(args, directory)
+            export(args, directory)
 
 
 def show_prompt(run: dict) -> None:

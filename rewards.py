@@ -15,18 +15,17 @@ It does not evaluate arithmetic, read numbers written as words, or grade anythin
 
 import functools
 import re
-from dataclasses import dataclass
 from decimal import Context, Decimal
+from typing import NamedTuple
 
 
 # ---- Formats: what the model is told, what a solution looks like, and what is read back ----------
-@dataclass(frozen=True)
-class Format:
+class Format(NamedTuple):
     """One answer format. `tags`: reasoning open, reasoning close, answer open, answer close."""
 
     tags: tuple[str, str, str, str]
-    system_prompt: str
     own_lines: bool  # strict format wants every tag alone on its line
+    system_prompt: str
 
     def render(self, reasoning: str, answer: str) -> str:
         """Write a worked solution in this format (warm start, few-shot examples, tests)."""
@@ -38,22 +37,14 @@ class Format:
 
 FORMATS = {
     "xml": Format(
-        tags=("<reasoning>", "</reasoning>", "<answer>", "</answer>"),
-        system_prompt=(
-            "Respond in the following format:\n"
-            "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"
-        ),
-        own_lines=True,
-    ),
+        ("<reasoning>", "</reasoning>", "<answer>", "</answer>"), own_lines=True,
+        system_prompt="Respond in the following format:\n"
+                      "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"),
     "cookbook": Format(
-        tags=("<start_working_out>", "<end_working_out>", "<SOLUTION>", "</SOLUTION>"),
-        system_prompt=(
-            "You are given a problem. Think about the problem and provide your working out. "
-            "Place it between <start_working_out> and <end_working_out>. "
-            "Then, provide your solution between <SOLUTION> and </SOLUTION>."
-        ),
-        own_lines=False,
-    ),
+        ("<start_working_out>", "<end_working_out>", "<SOLUTION>", "</SOLUTION>"), own_lines=False,
+        system_prompt="You are given a problem. Think about the problem and provide your working "
+                      "out. Place it between <start_working_out> and <end_working_out>. Then, "
+                      "provide your solution between <SOLUTION> and </SOLUTION>."),
 }
 SYSTEM_PROMPT = FORMATS["xml"].system_prompt
 
@@ -222,18 +213,14 @@ def _reward(fmt: str, needs_gold: bool):
     completions are strings or conversations and `answer` holds one gold each. TRL plots
     `rewards/{name}/mean`, so the names label curves. Raises ValueError on a missing `answer`.
     """
-    default_fmt = fmt
-
-    def register(judge):
+    def register(judge, default_fmt=fmt):
         @functools.wraps(judge)
         def reward_func(prompts, completions, answer=(), fmt=default_fmt, **kwargs) -> list[float]:
-            if not needs_gold:
-                answer = [""] * len(completions)
-            answer = () if answer is None else answer
-            if len(answer) != len(completions):
-                raise ValueError(f"{len(completions)} completions but {len(answer)} answers: the "
+            golds = (answer or ()) if needs_gold else [""] * len(completions)
+            if len(golds) != len(completions):
+                raise ValueError(f"{len(completions)} completions but {len(golds)} answers: the "
                                  "data set needs a column 'answer' with one gold a question")
-            return [judge(completion_text(c), gold, fmt)[0] for c, gold in zip(completions, answer)]
+            return [judge(completion_text(c), gold, fmt)[0] for c, gold in zip(completions, golds)]
 
         del reward_func.__wrapped__  # its signature is its own
         reward_func.judge = judge

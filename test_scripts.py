@@ -325,7 +325,7 @@ BAD = [  # what is typed beside a run that would work, what the one line must sa
     (["--foo"], "unknown option --foo"),
     (["--lerning-rate", "1"], "did you mean --learning-rate?"),
     (["--recipe", "qwen"], "invalid choice: 'qwen'"),
-    (["--num-generations", "1"], "2 or more"),
+    (["--num-generations", "1"], "1 is not at least 2"),
     (["--num-generations", "3"], "does not divide the 4 completions"),
     (["--max-steps", "0"], "0 is not at least 1"),
     (["--max-steps", "-3"], "-3 is not at least 1"),
@@ -519,9 +519,9 @@ ASKING = [
     (["q"], "no adapter under outputs/ yet"),
     (["--foo", "q"], "unknown option --foo"),
     (["  ", "--model", "TINY"], "the question is empty"),
-    (["--file", "none.txt"], "no file none.txt"),
-    (["--file", "bad.jsonl"], "bad.jsonl, line 2: no JSON object with a question"),
-    (["--file", "bad.csv"], "bad.csv has no column question"),
+    (["--file", "none.txt"], "none.txt can't be read"),
+    (["--file", "bad.jsonl"], "bad.jsonl, line 2: no question in {'q': 'b'}"),
+    (["--file", "bad.csv"], "bad.csv, line 2: no question in {'q': 'a'}"),
     (["q", "--adapter", "nowhere"], "nowhere is no adapter directory"),
     (["q", "--adapter", "foreign", "--model", "TINY"], "was trained on owner/other, not on"),
     (["q", "--adapter", "foreign"], "its cache lacks owner/other"),
@@ -748,8 +748,7 @@ def test_a_broken_batch_keeps_its_answers_and_resumes(scripted, workplace, capsy
 def test_a_bad_line_is_named_and_skipped_only_when_told(scripted, workplace, capsys):
     Path("ask.jsonl").write_text('{"question": "a?"}\n{"q": 1}\n{"question": "b?"}\n')
     ask = ["--file", "ask.jsonl", "--json"]
-    assert "ask.jsonl, line 2: no JSON object with a question" in stopped(
-        capsys, scripted, [], *ask)
+    assert "ask.jsonl, line 2: no question in {'q': 1}" in stopped(capsys, scripted, [], *ask)
     assert scripted([xml(1), xml(2)], *ask, "--skip-bad").asked == ["a?", "b?"]
     assert "skipped: ask.jsonl, line 2" in capsys.readouterr().err
     Path("latin.txt").write_bytes(b"caf\xe9?\n")
@@ -1089,8 +1088,9 @@ def test_the_pinned_trl_has_every_field_we_set(gpu_sources):
             "warmup_steps"}  # transformers' own
     names = {key.value for n in ast.walk(ast.parse((HERE / "options.py").read_text()))
              if isinstance(n, ast.FunctionDef) and n.name == "grpo_config"
-             for d in ast.walk(n) if isinstance(d, ast.Dict) for key in d.keys
-             if isinstance(key, ast.Constant)}
+             for d in ast.walk(n) if isinstance(d, (ast.Dict, ast.Tuple))
+             for key in (d.keys if isinstance(d, ast.Dict) else d.elts)
+             if isinstance(key, ast.Constant) and isinstance(key.value, str)}
     assert {"use_vllm", "vllm_mode", "beta", "loss_type"} <= names - base <= there
 
 
