@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from models import (
-    Completion, Trained, build_once, complete, fingerprint, has_gpu, load_trained, render_prompts,
-    stop,
+    PACKAGE, Completion, Trained, build_once, complete, fingerprint, has_gpu, load_trained,
+    render_prompts, stop,
 )
 
 INSTALL = {
@@ -53,6 +53,10 @@ def load_engine(wanted: str, trained: Trained, tokenizer, *, dtype: str, load_in
     """The engine, and one line on stderr that says which and why."""
     packages = {name for name in INSTALL if importlib.util.find_spec(name)}
     gpu = has_gpu()
+    if trained.name == PACKAGE or trained.name.endswith(".gguf"):
+        if wanted == "unsloth":  # it looks for the base under the name in the adapter's record
+            stop(f"--engine unsloth can't load {trained.name}; leave it out")
+        packages.discard("unsloth")
     if compare and not gpu:  # its vLLM serves the merged weights, which have no base within
         if wanted == "vllm":
             stop("--compare without a GPU goes with --engine transformers")

@@ -31,6 +31,10 @@ def check_adapter(model, tokenizer, prompt: list[dict], directory: Path) -> None
         stop(f"the adapter in {directory} changes nothing: it gives the base model's own logits")
     written = complete(model, tokenizer, [prompt], max_tokens=32)
     model.load_adapter(str(directory), adapter_name="saved")
+    trained = dict(model.named_parameters())
+    for name, parameter in trained.items():  # PEFT reads it as float32, TRL may train in bfloat16
+        if ".saved." in name:
+            parameter.data = parameter.data.to(trained[name.replace(".saved.", ".default.")].dtype)
     model.set_adapter("saved")
     again = complete(model, tokenizer, [prompt], max_tokens=32)
     model.set_adapter("default")
@@ -48,6 +52,7 @@ def ask_fast(model, tokenizer, prompt: list[dict], directory: Path, max_tokens: 
     (reply,) = model.fast_generate(
         [text], sampling_params=SamplingParams(temperature=0.8, top_p=0.95, max_tokens=max_tokens),
         lora_request=model.load_lora(str(directory)))
+    model.vllm_engine.sleep(1)  # the evaluation to come needs its memory
     return reply.outputs[0].text
 
 
@@ -69,7 +74,8 @@ def merge(trained: Trained, tokenizer, target: Path, dtype: str = "bfloat16") ->
     """Adapter and base as one model, on 16-bit weights: merging onto 4-bit ones loses digits."""
     if (target / "config.json").is_file():
         return
-    merged = load_trained(trained, dtype, False).merge_and_unload()
+    # After training, the GPU is full.
+    merged = load_trained(trained, dtype, False, "eager", on_cpu=True).merge_and_unload()
     merged.save_pretrained(target)
     tokenizer.save_pretrained(target)
 

@@ -6,7 +6,7 @@
 #   bash gpu_check.sh --model DIR --dataset train.jsonl --eval-dataset test.jsonl
 set -u
 cd "$(dirname "$0")"
-out=${OUT:-outputs/gpu-check}
+out=${OUT:-outputs/gpu-check-$(date +%Y%m%d-%H%M%S)}  # a run never writes over another
 common=(--recipe small-models --model Qwen/Qwen2.5-0.5B-Instruct --report-to none --max-steps 60
         --eval-questions all --max-completion-length 256 --warm-start 20 "$@")
 mkdir -p "$out"

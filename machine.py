@@ -89,14 +89,20 @@ def start_backend(args) -> None:
     args.backend, args.vllm, args.why = choose_backend(
         args.backend, args.vllm, gpu, packages, lora=not args.full_finetune,
         alone=int(os.environ.get("WORLD_SIZE", 1)) == 1)
-    if args.vllm == "colocate" and args.load_in_4bit and not installed("vllm-bnb-plugin"):
-        stop("4-bit weights in vLLM need vllm-bnb-plugin: pip install -r requirements.txt")
     if gpu:
         import torch
 
         memory = torch.cuda.get_device_properties(0).total_memory / 1e9
         if changed := fit_to_memory(args, memory):
             print(f"for a GPU of {memory:.0f} GB: {', '.join(changed)}; what you type is kept")
+    if args.backend == "transformers" and args.load_in_4bit and args.vllm != "off":
+        if "vllm" in args.typed:
+            stop(f"--vllm {args.vllm} would get packed 4-bit weights from TRL, which it can't "
+                 "follow: --no-load-in-4bit, --vllm off, or one process with --backend unsloth")
+        args.vllm = "off"
+        args.why += ", but off for 4-bit weights, which TRL can't send it"
+    if args.vllm == "colocate" and args.load_in_4bit and not installed("vllm-bnb-plugin"):
+        stop("4-bit weights in vLLM need vllm-bnb-plugin: pip install -r requirements.txt")
     if args.gradient_checkpointing is None:  # a CPU has the memory and lacks the time
         args.gradient_checkpointing = gpu
     if args.backend == "unsloth":
@@ -181,6 +187,13 @@ def rehearse(args, run: dict, model) -> None:
                 model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
                                max_new_tokens=room, min_new_tokens=room)
         part = "update"
+        if hasattr(model, "for_training"):  # Unsloth's generate left it without checkpointing
+            model.for_training()
+        elif args.gradient_checkpointing:  # transformers' Trainer has not switched it on yet
+            model.train()
+            model.gradient_checkpointing_enable()
+            if not args.full_finetune:
+                model.enable_input_require_grads()
         ids = torch.full((args.batch_size, prompt + room), pad, device=device)
         with torch.autocast(device.type, getattr(torch, run["dtype"])):
             logits = model(ids, logits_to_keep=room + 1).logits

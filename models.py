@@ -203,12 +203,13 @@ def choose_attention() -> str | None:
     return "flash_attention_2" if flash else None
 
 
-def load_model(path: str, dtype: str, load_in_4bit: bool = False, attn: str = "auto"):
-    """A causal language model on the GPU if there is one, else on the CPU."""
+def load_model(path: str, dtype: str, load_in_4bit: bool = False, attn: str = "auto",
+               on_cpu: bool = False):  # fmt: skip
+    """A causal language model on the GPU if there is one, else (or if asked) on the CPU."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    gpu = has_gpu()
+    gpu = has_gpu() and not on_cpu
     quantization = None
     if load_in_4bit:
         quantization = BitsAndBytesConfig(
@@ -278,9 +279,10 @@ def read_run(directory: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def load_trained(trained: Trained, dtype: str, load_in_4bit: bool, attn: str = "auto"):
+def load_trained(trained: Trained, dtype: str, load_in_4bit: bool, attn: str = "auto",
+                 on_cpu: bool = False):  # fmt: skip
     """The model with its adapter on it; stops where that was made for another base."""
-    model = load_model(trained.load_from, dtype, load_in_4bit, attn)
+    model = load_model(trained.load_from, dtype, load_in_4bit, attn, on_cpu)
     if trained.adapter is None:
         return model
     from peft import PeftModel
@@ -337,20 +339,31 @@ def complete(
     done: list[Completion | None] = [None] * len(texts)
     was_training = model.training
     model.eval()
-    for start in track(range(0, len(order), batch_size), label, disable=not label):
-        indices = order[start : start + batch_size]
-        batch = tokenizer(
-            [texts[i] for i in indices], return_tensors="pt", padding=True, add_special_tokens=False
-        ).to(model.device)
-        with torch.inference_mode():
-            output = model.generate(
-                **batch, **sampling, max_new_tokens=max_tokens, eos_token_id=sorted(ends),
-                pad_token_id=tokenizer.pad_token_id, streamer=streamer,
-            )  # fmt: skip
+
+    def complete_batch(indices: list[int]) -> None:
+        batch = tokenizer(  # Unsloth's trainers set the tokenizer's own side to the right
+            [texts[i] for i in indices], return_tensors="pt", padding=True, padding_side="left",
+            add_special_tokens=False,
+        ).to(model.device)  # fmt: skip
+        output, half = None, len(indices) // 2
+        try:
+            with torch.inference_mode():
+                output = model.generate(
+                    **batch, **sampling, max_new_tokens=max_tokens, eos_token_id=sorted(ends),
+                    pad_token_id=tokenizer.pad_token_id, streamer=streamer,
+                )  # fmt: skip
+        except torch.OutOfMemoryError:
+            if not half:
+                raise
+        if output is None:  # in halves the completions are the same
+            return complete_batch(indices[:half]) or complete_batch(indices[half:])
         for i, ids in zip(indices, output[:, batch.input_ids.shape[1] :].tolist()):
             end = next((k for k, token in enumerate(ids) if token in ends), None)
             text = tokenizer.decode(ids[:end], skip_special_tokens=True)
             done[i] = Completion(text, len(ids) if end is None else end + 1, end is None)
+
+    for start in track(range(0, len(order), batch_size), label, disable=not label):
+        complete_batch(order[start : start + batch_size])
     model.train(was_training)
     return done
 

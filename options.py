@@ -30,7 +30,7 @@ RECIPES = {
     "qwen-0.5b-fp32": {  # two T4: no native bfloat16, and mixed precision breaks unscale_gradients
         "model": "Qwen/Qwen2.5-0.5B-Instruct", "dtype": "float32", "full_finetune": True,
         "learning_rate": 5e-6, "batch_size": 8, "num_generations": 8,  # one group a device
-        "max_prompt_length": 256, "max_completion_length": 512, "max_steps": 400,
+        "max_prompt_length": 256, "max_completion_length": 512, "max_steps": 400, "vllm": "off",
         "reward_funcs": ["xmlcount_reward_func", "soft_format_reward_func",
                          "strict_format_reward_func", "correctness_reward_func"],
         "reward_weights": [1.0, 1.0, 1.0, 2.0],  # a right answer outweighs all format (1.5)
@@ -242,6 +242,10 @@ def check(args) -> None:
         stop("--export hub needs --hub-id OWNER/NAME")
     if args.export and args.full_finetune:
         stop("--export is for adapters; --full-finetune leaves whole weights in final_model/")
+    if (os.environ.get("ACCELERATE_USE_FSDP") == "true"
+            or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"):
+        stop("FSDP and ZeRO-3 shard the weights, which evaluating and saving here don't gather: "
+             "take zero2.yaml, or --multi_gpu")
     if args.dtype == "float16" and not args.evaluate_only and (args.full_finetune or not has_gpu()):
         stop("training in float16 needs a GPU and LoRA: take --dtype float32 or bfloat16")
     if args.load_in_4bit and args.full_finetune:
@@ -290,6 +294,8 @@ def grpo_config(args, dtype: str, output_dir: str):
         "logging_steps": 1, "disable_tqdm": True, "save_total_limit": 2, "max_grad_norm": 1.0,
         "lr_scheduler_type": "constant",  # runs are short: a warm-up's first step trains nothing
         "optim": "adamw_torch_fused", "weight_decay": 0.0, "warmup_steps": 0,  # Unsloth's differ
+        "mask_truncated_completions": False, "epsilon_high": None,
+        "vllm_importance_sampling_correction": True,
     } | ours
     known = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
     for pair in args.set:
@@ -308,7 +314,10 @@ def grpo_config(args, dtype: str, output_dir: str):
         config = GRPOConfig(**fields)
     except (ValueError, TypeError) as problem:
         stop(f"GRPOConfig refuses these options: {problem}")
-    # Unsloth replaces GRPOConfig by its own, which drops what it does not know with a warning.
+    # Unsloth replaces GRPOConfig by its own, which sets some fields by the loss that is named, and
+    # drops what it does not know with a warning.
+    for name in ("mask_truncated_completions", "epsilon_high", "scale_rewards"):
+        setattr(config, name, fields[name])
     for name in sorted(set(fields) - {"report_to", "use_vllm", "vllm_mode"}):
         if getattr(config, name, None) != fields[name]:
             stop(f"GRPOConfig took {getattr(config, name, None)} for {name}, not {fields[name]}: "

@@ -214,16 +214,22 @@ def load_unsloth(args, run: dict):
     import torch
     from unsloth import FastLanguageModel
 
-    model, _ = FastLanguageModel.from_pretrained(
+    model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=run["load_from"], dtype=getattr(torch, run["dtype"]), random_state=args.seed,
         max_seq_length=args.max_prompt_length + args.max_completion_length,
         load_in_4bit=args.load_in_4bit, load_in_16bit=not args.load_in_4bit,
         fast_inference=args.vllm == "colocate", max_lora_rank=args.lora_rank,
         gpu_memory_utilization=args.gpu_memory_utilization)
-    return FastLanguageModel.get_peft_model(
+    if tokenizer.pad_token in run["tokenizer"].get_vocab():
+        # Unsloth finds padding by its id: where that also ends a turn, the ends would be dropped.
+        run["tokenizer"].pad_token = tokenizer.pad_token
+    model = FastLanguageModel.get_peft_model(
         model, r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
         target_modules=args.lora_targets, random_state=args.seed,
         use_gradient_checkpointing="unsloth" if args.gradient_checkpointing else False)
+    if args.vllm == "colocate":  # the first rollout wakes it; until then its memory is needed
+        model.vllm_engine.sleep(1)
+    return model
 
 
 def measure(stage: str, args, run: dict, model, run_dir: Path) -> None:
@@ -249,12 +255,13 @@ def warm_start(args, run: dict, model, run_dir: Path) -> None:
     rows = [row for row in run["train"] if row["solution"]][: args.warm_start * WARM_START_BATCH]
     examples = [{"prompt": row["prompt"], "completion": [
         {"role": "assistant", "content": rendered(row, args.format)}]} for row in rows]
-    same = ("use_cpu", "bf16", "fp16", "gradient_checkpointing", "seed", "lr_scheduler_type")
+    same = ("use_cpu", "bf16", "fp16", "gradient_checkpointing", "seed", "lr_scheduler_type",
+            "optim", "weight_decay", "warmup_steps", "max_grad_norm")  # Unsloth's defaults differ
     config = SFTConfig(
         output_dir=str(run_dir), max_steps=args.warm_start, max_length=None, save_strategy="no",
-        per_device_train_batch_size=WARM_START_BATCH, learning_rate=args.warm_start_learning_rate,
-        report_to="none", logging_strategy="no", disable_tqdm=False,
-        **{name: getattr(run["config"], name) for name in same})
+        per_device_train_batch_size=WARM_START_BATCH, gradient_accumulation_steps=1,
+        learning_rate=args.warm_start_learning_rate, report_to="none", logging_strategy="no",
+        disable_tqdm=False, **{name: getattr(run["config"], name) for name in same})
     print(f"warm start: {args.warm_start} supervised steps", flush=True)
     trainer = SFTTrainer(model=model, args=config, processing_class=run["tokenizer"],
                          train_dataset=Dataset.from_list(examples))

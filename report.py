@@ -191,6 +191,7 @@ def put_back(model, weights: dict) -> None:
         for name, parameter in model.named_parameters():
             if name in weights:
                 parameter.copy_(weights[name])
+                parameter.__dict__.pop("_fast_lora", None)  # Unsloth's copy of it for decoding
 
 
 def progress_line(step: int, total: int, logs: dict, minutes: float) -> str:

@@ -959,6 +959,46 @@ def test_a_preset_bounds_what_was_not_typed_and_leaves_the_batch():
             options.check(args)  # still a batch that the group divides
 
 
+def test_vllm_is_left_off_where_it_could_not_follow_the_weights(monkeypatch, capsys):
+    import torch
+
+    card = type("Card", (), {"total_memory": 15.8e9})
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    monkeypatch.setattr(machine, "installed", lambda package: "1" if package == "vllm" else None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    args = options.parse_options(["--recipe", "small-models", "--report-to", "none"], "")
+    machine.start_backend(args)  # the preset of 16 GB makes it 4-bit
+    assert args.load_in_4bit and args.vllm == "off" and "4-bit" in args.why
+    args = options.parse_options(["--recipe", "qwen-3b", "--no-load-in-4bit"], "")
+    machine.start_backend(args)
+    assert (args.backend, args.vllm) == ("transformers", "colocate")
+    args = options.parse_options(["--recipe", "qwen-3b", "--vllm", "colocate"], "")
+    assert "--no-load-in-4bit" in stopped(capsys, machine.start_backend, args)
+
+
+def test_sharded_weights_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "zero2.yaml" in stopped(capsys, script.main, ["--dry-run"])
+
+
+def test_completions_too_many_for_the_memory_come_in_halves(tiny_model):
+    import torch
+
+    model = models.load_model(str(tiny_model), "float32")
+    tokenizer = models.load_tokenizer(str(tiny_model))
+    prompts = [models.build_prompt(f"What is {n} + 2?", "xml") for n in (1, 22, 333, 4, 5)]
+    whole = models.complete(model, tokenizer, prompts, max_tokens=6)
+    tokenizer.padding_side, generate = "right", model.generate  # as Unsloth's trainers leave it
+
+    def small(input_ids, **how):
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(input_ids=input_ids, **how)
+
+    model.generate = small
+    assert models.complete(model, tokenizer, prompts, max_tokens=6) == whole
+
+
 def test_the_memory_estimate_knows_its_parts():
     from transformers import Qwen2Config
 
