@@ -274,7 +274,7 @@ def draw(run_dir: Path, stages: dict[str, list[dict]]) -> Path | None:
     share.plot(steps, clipped, color=RED, linestyle="--", label="cut off")
     share.set(ylabel="cut off at the length limit, %", ylim=(0, 100))
     lines = lengths.get_lines() + share.get_lines()
-    lengths.legend(lines, [line.get_label() for line in lines], fontsize=8)
+    lengths.legend(lines, [line.get_label() for line in lines], fontsize=8, loc="center right")
     shown = {"strict": (BLUE, "o"), "flexible": (ORANGE, "s"), "format": (GREEN, "D")}
     for offset, (metric, (color, marker)) in zip((-0.08, 0, 0.08), shown.items()):
         parts = [summarise(results)[metric] for results in stages.values()]
@@ -286,7 +286,7 @@ def draw(run_dir: Path, stages: dict[str, list[dict]]) -> Path | None:
                           label=METRICS[metric])  # fmt: skip
     accuracy.set_xticks(range(len(stages)), stages)
     n = len(next(iter(stages.values()), []))
-    accuracy.set(title=f"{n} held-out questions, 95 % intervals", ylabel="%", ylim=(0, 100))
+    accuracy.set(title=f"{n} held-out questions, 95 % intervals", ylabel="%", ylim=(0, 103))
     if stages:
         accuracy.legend(fontsize=8)
     for axes in (rewards, lengths, accuracy):
