@@ -25,6 +25,8 @@ check unsloth-4bit-vllm --backend unsloth --vllm colocate --load-in-4bit
 python - "$out" <<'TABLE'
 import json, pathlib, re, sys
 
+from evaluate import interval
+
 print("| backend | strict before | after | tokens/s | minutes | peak GB | estimated GB |")
 print("|---|---|---|---|---|---|---|")
 for log in sorted(pathlib.Path(sys.argv[1]).glob("*.log")):
@@ -33,8 +35,7 @@ for log in sorted(pathlib.Path(sys.argv[1]).glob("*.log")):
         print(f"| {log.stem} | {text.strip().splitlines()[-1][:90]} | | | | | |")
         continue
     stages = json.loads((run / "evaluation.json").read_text())["stages"]
-    rates = [f"{100 * s['strict']['rate']:.1f} % ({100 * s['strict']['low']:.1f}–"
-             f"{100 * s['strict']['high']:.1f})" for s in stages.values()]
+    rates = [interval(stage["strict"]) for stage in stages.values()]
     speed = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["tokens_per_second"]
     minutes, peak = re.search(r"([\d.]+) minutes, peak memory ([\d.]+) GB", text).groups()
     guess = re.search(r"memory: +about ([\d.]+) GB", text).group(1)

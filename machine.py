@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from models import choose_dtype, has_gpu, hub_reachable, stop
+from options import processes
 
 # GB of GPU memory: bounds that fit Qwen2.5-3B beside its rollouts. A recipe's own value is kept
 # where it is lower, and what the user typed is kept always.
@@ -88,7 +89,7 @@ def start_backend(args) -> None:
     packages = {name for name in ("unsloth", "vllm") if installed(name)}
     args.backend, args.vllm, args.why = choose_backend(
         args.backend, args.vllm, gpu, packages, lora=not args.full_finetune,
-        alone=int(os.environ.get("WORLD_SIZE", 1)) == 1)
+        alone=processes() == 1)
     if gpu:
         import torch
 
