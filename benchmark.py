@@ -3,12 +3,14 @@
     python benchmark.py                # the newest adapter under outputs/, 64 questions
     python benchmark.py --model DIR --questions 16
 
-First answer: seconds from the command to its end for one question; the bare minimum imports torch
-and transformers and loads the weights. The pipeline is transformers' own, as one would first try.
+First answer: seconds from the command to its end for one question, the median of three after one
+that is not counted (it merges the adapter, once); the bare minimum imports torch and transformers
+and loads the weights. The pipeline is transformers' own, as one would first try.
 """
 
 import argparse
 import importlib.util
+import statistics
 import subprocess
 import sys
 import time
@@ -24,9 +26,12 @@ BARE = "import torch, transformers as t; t.AutoModelForCausalLM.from_pretrained(
 
 
 def seconds(command: list[str]) -> float:
-    begun = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
-    return time.perf_counter() - begun
+    times = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times[1:])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -67,6 +67,11 @@ def load_engine(wanted: str, trained: Trained, tokenizer, *, dtype: str, load_in
     print(f"{what}; engine {name} ({why}) on {'cuda' if gpu else 'cpu'}, {dtype}{asked}",
           file=sys.stderr, flush=True)  # fmt: skip
     engine = {"transformers": Transformers, "vllm": Vllm, "unsloth": Unsloth}[name]
+    if trained.adapter and not (gpu or compare or load_in_4bit and name == "transformers"):
+        # Without a GPU, adapter and base as one model decode 1.6 times as fast as side by side
+        # (3 times in vLLM), and peft's import is saved.
+        merged = merged_for(trained, tokenizer, dtype)
+        trained = trained._replace(load_from=str(merged), adapter=None)
     try:
         return engine(trained, tokenizer, dtype, load_in_4bit, room)
     except Exception as problem:  # vLLM and Unsloth raise all kinds
@@ -95,13 +100,10 @@ class Transformers:
 
 
 class Vllm:
-    """vLLM: on a GPU with the adapter as a LoRA request, on a CPU with merged weights.
-
-    On a CPU vLLM with an unmerged adapter is slower than PEFT, and merged 3 times as fast.
-    """
+    """vLLM, with the adapter as a LoRA request."""
 
     def __init__(self, trained, tokenizer, dtype, load_in_4bit, room):
-        self.request, self.tokenizer, load_from = None, tokenizer, trained.load_from
+        self.request, self.tokenizer = None, tokenizer
         options = {"dtype": dtype, "max_model_len": room, "use_tqdm_on_load": False}
         # Its log would stand between the answers.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -115,13 +117,11 @@ class Vllm:
             # without a size of its own the cache asks for more memory than there is.
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             options |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
-            if trained.adapter:
-                load_from = str(merged_for(trained, tokenizer, dtype))
         from vllm import LLM
         from vllm.lora.request import LoRARequest
 
-        self.engine = LLM(model=load_from, **options)
-        if trained.adapter and has_gpu():
+        self.engine = LLM(model=trained.load_from, **options)
+        if trained.adapter:
             self.request = LoRARequest("adapter", 1, str(trained.adapter))
 
     def generate(self, prompts, sampling: Sampling, adapter: bool = True) -> list[Completion]:
@@ -188,7 +188,9 @@ def merged_for(trained: Trained, tokenizer, dtype: str) -> Path:
 
         print("merging the adapter into its base, once", file=sys.stderr, flush=True)
         merge(trained, tokenizer, work / "model", dtype)
+        gc.collect()  # the engine must not find two models in memory
 
-    place = build_once(f"merged-{key}", build)
-    gc.collect()  # the engine must not find two models in memory
-    return place
+    try:
+        return build_once(f"merged-{key}", build)
+    except OSError as problem:
+        stop(f"the merged weights can't be kept ({problem}); set XDG_CACHE_HOME to another place")

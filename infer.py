@@ -245,12 +245,10 @@ def main(argv: list[str] | None = None) -> None:
     done = answered(args, questions)
     if questions and done == len(questions):
         return
-    quiet_libraries()
-    from transformers import set_seed
-
-    set_seed(args.seed)
     alone = args.model and not args.adapter
-    trained = find_trained(args.model, None if alone else args.adapter or newest_adapter())
+    adapter = None if alone else args.adapter or newest_adapter()
+    quiet_libraries()
+    trained = find_trained(args.model, adapter)
     if args.serve:
         return print(serve_command(args.serve, trained))
     run, questions = trained.run, questions[done:]
@@ -258,6 +256,9 @@ def main(argv: list[str] | None = None) -> None:
     fmt, room = run.get("format", "xml"), args.max_tokens or run.get("max_completion_length", 512)
     prompts = [build_prompt(question, fmt, run.get("shots", [])) for question in questions]
     longest = check_lengths(questions, prompts, tokenizer, trained.load_from, room)
+    import torch  # after all that can be wrong: it takes seconds
+
+    torch.manual_seed(args.seed)
     engine = load_engine(
         "transformers" if args.chat else args.engine, trained, tokenizer,
         dtype=choose_dtype(args.dtype or run.get("dtype", "auto")), room=longest,

@@ -76,10 +76,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
     for name in ("bitsandbytes", "trl", "datasets", "huggingface_hub", "accelerate", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    from datasets.utils.logging import disable_progress_bar
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging as transformers_logging
 
-    disable_progress_bar()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
@@ -356,7 +355,9 @@ def complete(
             if not half:
                 raise
         if output is None:  # in halves the completions are the same
-            return complete_batch(indices[:half]) or complete_batch(indices[half:])
+            complete_batch(indices[:half])
+            complete_batch(indices[half:])
+            return
         for i, ids in zip(indices, output[:, batch.input_ids.shape[1] :].tolist()):
             end = next((k for k, token in enumerate(ids) if token in ends), None)
             text = tokenizer.decode(ids[:end], skip_special_tokens=True)

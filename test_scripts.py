@@ -146,19 +146,29 @@ def test_the_screen_tells_plan_progress_result_and_next_command(trained):
     assert "no significant change of strict accuracy" in printed
 
 
-def test_the_saved_adapter_answers(trained, monkeypatch, capsys):
-    place, printed = trained
-    monkeypatch.chdir(place)
-    infer.main(["What is 2 + 3?", "--json", "--max-tokens", "12"])
-    output = capsys.readouterr()
-    row = json.loads(output.out)
+def test_the_saved_adapter_answers_and_is_merged_only_once(trained, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(trained[0])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    question = ["What is 2 + 3?", "--json", "--max-tokens", "12"]
+    infer.main(question)
+    first = capsys.readouterr()
+    infer.main(question)
+    second = capsys.readouterr()
+    row = json.loads(first.out)
     assert row["question"] == "What is 2 + 3?" and row["truncated"] in (True, False)
-    assert "adapter outputs/smollm2-135m/grpo_saved_lora on " in output.err
+    assert "adapter outputs/smollm2-135m/grpo_saved_lora on " in first.err
+    assert "merging the adapter" in first.err and "merging" not in second.err
+    assert first.out == second.out
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(SystemExit, match="2"):
+        infer.main(question)
+    assert "set XDG_CACHE_HOME to another place" in capsys.readouterr().err
 
 
-def test_saved_and_loaded_again_gives_the_same_text(trained, tiny_model, monkeypatch, capsys):
-    place, _ = trained
-    monkeypatch.chdir(place)
+def test_saved_and_loaded_again_gives_the_same_text(trained, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(trained[0])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     rows = [json.loads(line) for line in
             Path("outputs/smollm2-135m/evaluation_after.jsonl").read_text().splitlines()]
     asked = [json.dumps({"question": row["question"]}) + "\n" for row in rows]
@@ -670,8 +680,12 @@ def test_the_packaged_model_is_smollm2_with_its_tokenizer(real_model):
 
 
 @pytest.mark.slow
-def test_the_real_model_learns_the_format(real_model, workplace, capsys):
+def test_the_real_model_learns_the_format(real_model, workplace, monkeypatch, capsys):
     """Warm start and GRPO take strict format from nothing to most answers, in a few minutes."""
+    cache = workplace / "cache/reasoning-grpo"  # the merged weights are not to stay
+    cache.mkdir(parents=True)
+    (cache / real_model.name).symlink_to(real_model)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "cache"))
     script.main(["--dataset", "generated", "--max-steps", "4", "--eval-questions", "32",
                  "--warm-start", "8"])
     printed = capsys.readouterr().out
