@@ -107,7 +107,11 @@ def answered(args, questions: list[str]) -> int:
     if not args.resume or not args.jsonl.is_file():
         return 0
     *whole, rest = args.jsonl.read_text(encoding="utf-8").split("\n")
-    if [json.loads(line)["question"] for line in whole] != questions[: len(whole)]:
+    try:
+        same = [json.loads(line)["question"] for line in whole] == questions[: len(whole)]
+    except (ValueError, KeyError, TypeError):  # no lines of ours
+        same = False
+    if not same:
         stop(f"{args.jsonl} answers other questions; name another file")
     if rest:
         args.jsonl.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")

@@ -757,6 +757,9 @@ def test_a_broken_batch_keeps_its_answers_and_resumes(scripted, workplace, capsy
     capsys.readouterr()
     Path("ask.txt").write_text("other?\n")
     assert "answers other questions" in stopped(capsys, scripted, [], *ask, "--resume")
+    Path("out.jsonl").write_text("no JSON\n")
+    assert "answers other questions" in stopped(capsys, scripted, [], *ask, "--resume")
+    assert Path("out.jsonl").read_text() == "no JSON\n"
 
 
 def test_a_bad_line_is_named_and_skipped_only_when_told(scripted, workplace, capsys):
