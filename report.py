@@ -95,6 +95,8 @@ class RunWatch(TrainerCallback):
         self.main = state.is_world_process_zero
         for name in ("metrics.jsonl", "completions.jsonl") if self.main else ():
             forget_after(self.run_dir / name, state.global_step)
+        if self.eval_steps and state.global_step and (self.run_dir / "best.pt").is_file():
+            self.validated, self.best = torch.load(self.run_dir / "best.pt")  # before the break
         self.begun, self.first_step = time.time(), state.global_step
         self.bar = Progress(BarColumn(), TextColumn("{task.description}"), console=self.console,
                             disable=not (self.main and self.console.is_terminal))  # fmt: skip
@@ -127,6 +129,9 @@ class RunWatch(TrainerCallback):
             score = self.validate()
             if self.best is None or score > self.best[1]:  # on a tie the earlier one stays
                 self.best = (state.global_step, score, trainable_weights(model))
+                if self.main:  # whole or not at all
+                    torch.save((self.validated, self.best), self.run_dir / "best.tmp")
+                    (self.run_dir / "best.tmp").replace(self.run_dir / "best.pt")
         if self.interrupted or self.broken:
             control.should_save, control.should_training_stop = self.interrupted, True
         return control

@@ -121,7 +121,7 @@ def test_a_run_leaves_all_that_was_promised(trained):
     place, printed = trained
     run = place / "outputs" / "smollm2-135m"
     assert sorted(path.name for path in run.iterdir() if "checkpoint" not in path.name) == [
-        "args.json", "completions.html", "completions.jsonl", "evaluation.json",
+        "args.json", "best.pt", "completions.html", "completions.jsonl", "evaluation.json",
         "evaluation_after.jsonl", "evaluation_before.jsonl", "evaluation_warm_start.jsonl",
         "grpo_saved_lora", "metrics.jsonl", "progress.png"]
     record = json.loads((run / "args.json").read_text())
@@ -503,6 +503,16 @@ def test_the_best_validated_weights_are_put_back(tmp_path):
         watch.on_step_end(None, state, control, model=model)
     watch.on_train_end(None, state, control, model=model)
     assert model.w.item() == 2.0 and "kept: step 2" in watch.summary()[0]
+    again, state, control = watch_of(tmp_path, [(0.4, 1.0)], 1)  # resumed, and worse since
+    state.global_step, model.w.data[0] = 4, 4.0
+    again.on_train_begin(None, state, control, model=model)
+    state.global_step = 5
+    again.on_step_end(None, state, control, model=model)
+    again.on_train_end(None, state, control, model=model)
+    assert model.w.item() == 2.0 and "kept: step 2" in again.summary()[0]
+    fresh, state, control = watch_of(tmp_path, [(0.1, 0.1)], 1)  # a new run starts without it
+    fresh.on_train_begin(None, state, control, model=model)
+    assert fresh.best is None
 
 
 def test_a_picture_of_a_run_where_all_is_right(tmp_path):
