@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     fmt, room = run.get("format", "xml"), args.max_tokens or run.get("max_completion_length", 512)
     prompts = [build_prompt(question, fmt, run.get("shots", [])) for question in questions]
     longest = check_lengths(questions, prompts, tokenizer, trained.load_from, room)
-    import torch  # after all that can be wrong: it takes seconds
+    import torch  # its own seed: transformers' set_seed imports peft, which takes seconds
 
     torch.manual_seed(args.seed)
     engine = load_engine(
