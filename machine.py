@@ -86,6 +86,8 @@ def start_backend(args) -> None:
     """Settle backend, vLLM and dtype in `args`. Unsloth must come before trl, peft, transformers:
     it patches them as they are imported."""
     gpu = has_gpu()
+    # Under FSDP it would leave every process but one without weights, and all look at rollouts.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     packages = {name for name in ("unsloth", "vllm") if installed(name)}
     args.backend, args.vllm, args.why = choose_backend(
         args.backend, args.vllm, gpu, packages, lora=not args.full_finetune,

@@ -223,6 +223,11 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def sharded() -> bool:
+    """Launched with FSDP: while it trains, each process holds a part of every weight."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true" and processes() > 1
+
+
 def completions_a_step(args) -> int:
     return args.batch_size * args.gradient_accumulation_steps * processes()
 
@@ -242,10 +247,13 @@ def check(args) -> None:
         stop("--export hub needs --hub-id OWNER/NAME")
     if args.export and args.full_finetune:
         stop("--export is for adapters; --full-finetune leaves whole weights in final_model/")
-    if (os.environ.get("ACCELERATE_USE_FSDP") == "true"
-            or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"):
-        stop("FSDP and ZeRO-3 shard the weights, which evaluating and saving here don't gather: "
-             "take zero2.yaml, or --multi_gpu")
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        stop("ZeRO-3 shards the weights, which evaluating and saving here don't gather: take "
+             "zero2.yaml, fsdp2.yaml or --multi_gpu")
+    if sharded() and os.environ.get("FSDP_VERSION") != "2":
+        stop("FSDP works here in its second version: take fsdp2.yaml")
+    if sharded() and args.load_in_4bit:
+        stop("FSDP shards no 4-bit weights: take --no-load-in-4bit, or launch with --multi_gpu")
     if args.dtype == "float16" and not args.evaluate_only and (args.full_finetune or not has_gpu()):
         stop("training in float16 needs a GPU and LoRA: take --dtype float32 or bfloat16")
     if args.load_in_4bit and args.full_finetune:

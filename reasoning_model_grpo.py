@@ -34,6 +34,7 @@ from models import (
 )
 from options import (
     FREE_ON_RESUME, completions_a_step, find_reward, grpo_config, parse_options, processes, record,
+    sharded,
 )
 from questions import add_prompts, load_questions, rendered
 
@@ -246,8 +247,19 @@ def measure(stage: str, args, run: dict, model, run_dir: Path) -> None:
     run["stages"][STAGES[stage]] = read_jsonl(path)
 
 
-def warm_start(args, run: dict, model, run_dir: Path) -> None:
-    """Supervised steps on worked solutions in the recipe's format, on the same adapter."""
+def gather(args, run: dict, model):
+    """The model in one piece: where FSDP trained it, each process holds a part of every weight."""
+    from report import put_back, trainable_weights
+
+    if not sharded():
+        return model
+    weights, model = trainable_weights(model), load_policy(args, run)
+    put_back(model, weights)
+    return model
+
+
+def warm_start(args, run: dict, model, run_dir: Path):
+    """Supervised steps on worked solutions in the recipe's format, on the adapter that returns."""
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
@@ -267,6 +279,7 @@ def warm_start(args, run: dict, model, run_dir: Path) -> None:
                          train_dataset=Dataset.from_list(examples))
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    return gather(args, run, model)
 
 
 def sample_before_training(args, run: dict, model) -> None:
@@ -288,7 +301,7 @@ def sample_before_training(args, run: dict, model) -> None:
 
 
 def train(args, run: dict, model, run_dir: Path, checkpoint: Path | None):
-    """GRPO. Returns the RunWatch that saw it."""
+    """GRPO. Returns the trained model, and the RunWatch that saw it."""
     import torch
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -310,7 +323,7 @@ def train(args, run: dict, model, run_dir: Path, checkpoint: Path | None):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError:
         out_of_memory("training step", args)
-    return watch
+    return gather(args, run, model), watch
 
 
 def save(args, run: dict, model, run_dir: Path) -> Path:
@@ -417,13 +430,13 @@ def main(argv: list[str] | None = None) -> None:
     measure("before", args, run, model, run_dir)
     if args.warm_start:
         if not checkpoint:
-            warm_start(args, run, model, run_dir)
+            model = warm_start(args, run, model, run_dir)
         measure("warm_start", args, run, model, run_dir)  # a resumed run reads what is there
-    if has_gpu():
+    if has_gpu() and not sharded():  # this model is whole, and would need more than training does
         rehearse(args, run, model)
     if not checkpoint:
         sample_before_training(args, run, model)
-    watch = train(args, run, model, run_dir, checkpoint)
+    model, watch = train(args, run, model, run_dir, checkpoint)
     if is_main_process():
         directory = save(args, run, model, run_dir)  # first: nothing after it can cost the adapter
         if not watch.interrupted:

@@ -118,7 +118,7 @@ class RunWatch(TrainerCallback):
         if getattr(args, "fp16", False):
             return  # its loss scaler meets such gradients by design, and skips them itself
         grads = [p.grad for p in model.parameters() if p.grad is not None]
-        if not all(torch.isfinite(grad).all() for grad in grads):
+        if not all(whole(torch.isfinite(grad).all()) for grad in grads):
             self.broken = state.global_step + 1
             for parameter in model.parameters():
                 parameter.grad = None  # the optimiser leaves these weights as they are
@@ -187,15 +187,26 @@ class RunWatch(TrainerCallback):
         return lines
 
 
+def whole(tensor):
+    """All of a tensor, where FSDP left each process a part; every process must ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def trainable_weights(model) -> dict:
-    return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return {name: whole(parameter.detach()).cpu().clone()
+            for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def put_back(model, weights: dict) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in weights:
-                parameter.copy_(weights[name])
+                weight = weights[name].to(parameter.device)
+                if hasattr(parameter, "full_tensor"):
+                    from torch.distributed.tensor import distribute_tensor
+
+                    weight = distribute_tensor(weight, parameter.device_mesh, parameter.placements)
+                parameter.copy_(weight)
                 parameter.__dict__.pop("_fast_lora", None)  # Unsloth's copy of it for decoding
 
 

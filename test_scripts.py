@@ -623,19 +623,61 @@ def test_both_requirement_files_pin_the_same_versions():
 
 
 # ---- Slow: other ways to run, and the real model -------------------------------------------------
+def launch_two(tiny_model, *more, config=("--multi_gpu", "--num_machines", "1"), env=None) -> str:
+    """What two processes print. --multi_gpu makes accelerate start them; on a CPU they use gloo."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *config, "--num_processes", "2",
+               "--mixed_precision", "no", "--dynamo_backend", "no",
+               str(HERE / "reasoning_model_grpo.py"),
+               *arguments(tiny_model, "--batch-size", "2", *more)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env=os.environ | (env or {}))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_two_processes_train_and_only_one_speaks(workplace, tiny_model):
-    # --multi_gpu is what makes accelerate start several processes; without a GPU they use gloo.
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
-               "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-               "--dynamo_backend", "no", str(HERE / "reasoning_model_grpo.py"),
-               *arguments(tiny_model, "--batch-size", "2")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("recipe:") == 1 and done.stdout.count("step 2/2") == 1
-    assert "2 x 1 questions x 4 completions" in done.stdout
+    printed = launch_two(tiny_model)
+    assert printed.count("recipe:") == 1 and printed.count("step 2/2") == 1
+    assert "2 x 1 questions x 4 completions" in printed
     assert [path.name for path in (workplace / "outputs").iterdir()] == ["smollm2-135m"]
     assert (workplace / "outputs/smollm2-135m/grpo_saved_lora/adapter_config.json").is_file()
+
+
+PRETEND_TWO_GPUS = """
+import os
+if "RANK" in os.environ:  # accelerate shards on accelerators only, though torch can on a CPU
+    from accelerate import state
+    begin = state.PartialState.__init__
+    def pretend(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        if self.distributed_type == state.DistributedType.MULTI_CPU:
+            self.distributed_type = state.DistributedType.MULTI_GPU
+    state.PartialState.__init__ = pretend
+"""
+
+
+@pytest.mark.slow
+def test_sharded_training_learns_the_adapter_of_data_parallel_training(workplace, tiny_model):
+    import trl
+    from safetensors.torch import load_file
+
+    (workplace / "site").mkdir()
+    (workplace / "site/sitecustomize.py").write_text(PRETEND_TWO_GPUS)
+    shards = Path(trl.__file__).parent / "accelerate_configs/fsdp2.yaml"
+    sharded = {"config": ("--config_file", str(shards)),
+               "env": {"PYTHONPATH": str(workplace / "site")}}
+    run = ("--warm-start", "1", "--eval-steps", "1", "--save-steps", "1")
+    launch_two(tiny_model, *run, "--output-dir", "whole")
+    launch_two(tiny_model, *run, "--output-dir", "sharded", **sharded)
+    assert list(Path("sharded/checkpoint-1").glob("*fsdp*"))  # it really was
+    whole, learnt = (load_file(f"{name}/grpo_saved_lora/adapter_model.safetensors")
+                     for name in ("whole", "sharded"))
+    assert whole.keys() == learnt.keys()
+    assert max((whole[name] - learnt[name]).abs().max() for name in whole) < 1e-6
+    printed = launch_two(tiny_model, *run, "--output-dir", "sharded", "--max-steps", "3",
+                         "--resume", **sharded)
+    assert "step 3/3" in printed and "step 2/3" not in printed
 
 
 @pytest.mark.slow
@@ -1003,8 +1045,13 @@ def test_vllm_is_left_off_where_it_could_not_follow_the_weights(monkeypatch, cap
     assert "--no-load-in-4bit" in stopped(capsys, machine.start_backend, args)
 
 
-def test_sharded_weights_are_refused(monkeypatch, capsys):
+def test_sharding_that_cannot_be_gathered_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "fsdp2.yaml" in stopped(capsys, script.main, ["--dry-run"])
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert "--no-load-in-4bit" in stopped(capsys, script.main, ["--dry-run", "--load-in-4bit"])
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     assert "zero2.yaml" in stopped(capsys, script.main, ["--dry-run"])
 
 
