@@ -57,6 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     for column in ("", "first answer, s", "1 question, tokens/s", f"{args.questions}, tokens/s"):
         table.add_column(column, justify="right")
 
+    def say(what: str) -> None:
+        print(f"measuring {what}", file=sys.stderr, flush=True)
+
     def row(name: str, first: float, generate) -> None:
         cells = [f"{first:.1f}" if first else ""]
         for some in (prompts[:1], prompts):
@@ -64,8 +67,10 @@ def main(argv: list[str] | None = None) -> None:
             cells.append(f"{tokens / (time.perf_counter() - begun):.0f}")
         table.add_row(name, *cells)
 
+    say("the bare minimum")
     bare = seconds([sys.executable, "-c", BARE.format(trained.load_from, dtype)])
     table.add_row("bare minimum", f"{bare:.1f}")
+    say("transformers.pipeline")
     pipe = pipeline("text-generation", model=trained.load_from, tokenizer=tokenizer, dtype=dtype)
     settings = {"max_new_tokens": args.max_tokens, "do_sample": False, "return_full_text": False}
     row("transformers.pipeline", 0, lambda some: sum(
@@ -75,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         if name != "transformers" and not importlib.util.find_spec(name):
             print(f"{name} is not installed here, so it has no row", file=sys.stderr)
             continue
+        say(f"--engine {name}")
         first = seconds([sys.executable, infer.__file__, asked[0], *which, "--engine", name,
                          "--max-tokens", str(args.max_tokens)])
         engine = load_engine(name, trained, tokenizer, dtype=dtype, load_in_4bit=False, many=True,
