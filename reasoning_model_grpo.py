@@ -249,10 +249,10 @@ def measure(stage: str, args, run: dict, model, run_dir: Path) -> None:
 
 def gather(args, run: dict, model):
     """The model in one piece: where FSDP trained it, each process holds a part of every weight."""
-    from report import put_back, trainable_weights
-
     if not sharded():
         return model
+    from report import put_back, trainable_weights
+
     weights, model = trainable_weights(model), load_policy(args, run)
     put_back(model, weights)
     return model

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -126,7 +127,8 @@ class RunWatch(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self.eval_steps and state.global_step % self.eval_steps == 0:
             self.validated += 1
-            score = self.validate()
+            # One process's figure for all: they gather the weights together, or wait for ever.
+            (score,) = broadcast_object_list([self.validate()])
             if self.best is None or score > self.best[1]:  # on a tie the earlier one stays
                 self.best = (state.global_step, score, trainable_weights(model))
                 if self.main:  # whole or not at all
