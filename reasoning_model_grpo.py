@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,8 +29,9 @@ from machine import (
     start_backend,
 )
 from models import (
-    choose_dtype, complete, count_parameters, find_model, find_trained, has_gpu, is_main_process,
-    load_model, load_tokenizer, load_trained, peak_memory_gb, quiet_libraries, render_prompts, stop,
+    autocast_adapter, choose_dtype, complete, count_parameters, find_model, find_trained, has_gpu,
+    is_main_process, load_model, load_tokenizer, load_trained, merged_rollouts, peak_memory_gb,
+    quiet_libraries, render_prompts, stop,
 )
 from options import (
     FREE_ON_RESUME, completions_a_step, find_reward, grpo_config, parse_options, processes, record,
@@ -205,7 +206,7 @@ def load_policy(args, run: dict):
     lora = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
                       target_modules=args.lora_targets, task_type="CAUSAL_LM")
     try:
-        return get_peft_model(model, lora)
+        return autocast_adapter(get_peft_model(model, lora))
     except ValueError as problem:
         stop(f"--lora-targets {' '.join(args.lora_targets)}: {problem}")
 
@@ -319,8 +320,10 @@ def train(args, run: dict, model, run_dir: Path, checkpoint: Path | None):
         train_dataset=Dataset.from_list(rows))
     trainer.remove_callback(PrinterCallback)
     trainer.create_model_card = lambda *_, **__: None  # its text knows nothing of this run
+    merge = not (has_gpu() or sharded() or args.full_finetune or args.load_in_4bit)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with merged_rollouts(model) if merge else nullcontext():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError:
         out_of_memory("training step", args)
     return gather(args, run, model), watch

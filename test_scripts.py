@@ -197,6 +197,55 @@ def test_the_adapter_really_changes_the_model(trained, tiny_model):
     assert not torch.equal(plain, adapted)
 
 
+def test_grouped_attention_is_eager_attention(tiny_model):
+    """On a CPU the models choose it; padding, gradients and decoding are those of eager."""
+    import torch
+
+    tokenizer = models.load_tokenizer(str(tiny_model))
+    texts = ["What is 2 + 3?", "Anna has 3 boxes with 4 pens each. How many pens?"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    loss, embedding, completions = {}, {}, {}
+    for attention in ("auto", "eager"):
+        model = models.load_model(str(tiny_model), "float32", attn=attention)
+        loss[attention] = model(**batch, labels=batch.input_ids).loss
+        loss[attention].backward()
+        embedding[attention] = model.get_input_embeddings().weight.grad
+        prompts = [models.build_prompt(text, "xml") for text in texts]
+        completions[attention] = models.complete(model, tokenizer, prompts, max_tokens=24)
+        chosen = model.config._attn_implementation
+        assert chosen == ("grouped" if attention == "auto" else "eager")
+    assert torch.allclose(loss["auto"], loss["eager"], atol=1e-6)
+    assert torch.allclose(embedding["auto"], embedding["eager"], atol=1e-6)
+    assert completions["auto"] == completions["eager"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rollouts_are_written_from_merged_weights_which_come_back_as_they_were(
+        dtype, trained, tiny_model, monkeypatch):
+    import torch
+
+    adapter = trained[0] / "outputs/smollm2-135m/grpo_saved_lora"
+    model = models.load_trained(models.find_trained(None, adapter), dtype, False)
+    tokenizer = models.load_tokenizer(str(tiny_model))
+    prompts = [models.build_prompt("What is 2 + 3?", "xml")]
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    alone = models.complete(model, tokenizer, prompts, max_tokens=24)
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    merged, forward = [], type(layer).forward
+    monkeypatch.setattr(type(layer), "forward", lambda self, *args, **kwargs: (
+        merged.append(self.merged), forward(self, *args, **kwargs))[1])
+    with models.merged_rollouts(model):
+        rollouts = models.complete(model, tokenizer, prompts, max_tokens=24)
+        assert merged and all(merged)
+        monkeypatch.setattr(type(layer), "forward", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # Ctrl-C within a rollout, say
+            models.complete(model, tokenizer, prompts, max_tokens=24)
+    if dtype == "float32":
+        assert rollouts == alone
+    assert not layer.merged
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
 def test_an_adapter_that_changes_nothing_or_reads_back_changed_is_an_error(
         trained, capsys, tmp_path):
     import torch
@@ -1009,7 +1058,7 @@ def test_a_gpu_computes_in_what_it_is_built_for(capability, dtype, monkeypatch):
     assert models.choose_dtype("float16") == "float16"
     if capability < (8, 0):  # installed or not, FlashAttention 2 does not run there
         monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
-        assert models.choose_attention() is None
+        assert models.choose_attention("a model") is None
 
 
 def test_a_preset_bounds_what_was_not_typed_and_leaves_the_batch():
