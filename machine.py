@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 from models import choose_dtype, has_gpu, hub_reachable, stop
 from options import processes
@@ -228,11 +229,12 @@ def estimate_minutes(args, parameters: int, prompt: float, questions: int, dtype
 
     a = torch.randn(512, 2048, dtype=getattr(torch, dtype))
     b = torch.randn(2048, 2048, dtype=a.dtype)
-    a @ b
-    begun = time.perf_counter()
-    for _ in range(10):
-        a @ b
-    speed = 10 * 2 * 512 * 2048 * 2048 / (time.perf_counter() - begun)
+    product, seconds = a @ b, []
+    for _ in range(30):  # into the same memory, and the median: new pages, waking threads cost time
+        begun = time.perf_counter()
+        torch.mm(a, b, out=product)
+        seconds.append(time.perf_counter() - begun)
+    speed = 2 * 512 * 2048 * 2048 / median(seconds)
     # 2 operations a weight and token forward; decoding token by token, and training with its
     # element-wise parts, reach about a tenth and a half of the speed of large products.
     length = min(args.max_completion_length, 100) * 0.6

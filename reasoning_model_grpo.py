@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,8 +30,8 @@ from machine import (
 )
 from models import (
     autocast_adapter, choose_dtype, complete, count_parameters, find_model, find_trained, has_gpu,
-    is_main_process, load_model, load_tokenizer, load_trained, merged_rollouts, peak_memory_gb,
-    quiet_libraries, render_prompts, stop,
+    is_main_process, load_model, load_tokenizer, load_trained, peak_memory_gb, quiet_libraries,
+    render_prompts, stop,
 )
 from options import (
     FREE_ON_RESUME, completions_a_step, find_reward, grpo_config, parse_options, processes, record,
@@ -64,7 +64,7 @@ def prepare(args) -> dict:
         stop(f"{args.model} is no chat model that can be loaded: {problem}")
     train, test = load_questions(args)
     # 99 % of the generated questions' worked solutions have at most 53 tokens, GSM8K's 254.
-    measured = 56 if args.dataset == "generated" else 256
+    measured = 53 if args.dataset == "generated" else 256
     args.max_completion_length = args.max_completion_length or measured
     context = getattr(config, "max_position_embeddings", None)
     if context and args.max_prompt_length + args.max_completion_length > context:
@@ -320,10 +320,8 @@ def train(args, run: dict, model, run_dir: Path, checkpoint: Path | None):
         train_dataset=Dataset.from_list(rows))
     trainer.remove_callback(PrinterCallback)
     trainer.create_model_card = lambda *_, **__: None  # its text knows nothing of this run
-    merge = not (has_gpu() or sharded() or args.full_finetune or args.load_in_4bit)
     try:
-        with merged_rollouts(model) if merge else nullcontext():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError:
         out_of_memory("training step", args)
     return gather(args, run, model), watch

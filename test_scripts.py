@@ -219,31 +219,34 @@ def test_grouped_attention_is_eager_attention(tiny_model):
     assert completions["auto"] == completions["eager"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rollouts_are_written_from_merged_weights_which_come_back_as_they_were(
-        dtype, trained, tiny_model, monkeypatch):
+def test_draws_by_inversion_have_the_given_probabilities():
     import torch
 
-    adapter = trained[0] / "outputs/smollm2-135m/grpo_saved_lora"
-    model = models.load_trained(models.find_trained(None, adapter), dtype, False)
+    torch.manual_seed(0)
+    multinomial, given = torch.multinomial, torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0]])
+    with models.draw_by_inversion():
+        drawn = torch.multinomial(given.repeat(50_000, 1), num_samples=1)
+        assert torch.multinomial(given, 3).unique().tolist() == [1, 3, 4]
+    assert drawn.shape == (50_000, 1) and torch.multinomial is multinomial
+    shares = torch.bincount(drawn[:, 0], minlength=6) / 50_000
+    assert torch.allclose(shares, given[0], atol=0.01)  # 4.5 standard deviations
+    assert shares[0] == shares[2] == shares[5] == 0
+
+
+def test_a_prompt_that_comes_twice_is_read_once_and_completed_alike(tiny_model, monkeypatch):
+    model, read = models.load_model(str(tiny_model), "float32"), []
     tokenizer = models.load_tokenizer(str(tiny_model))
-    prompts = [models.build_prompt("What is 2 + 3?", "xml")]
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    alone = models.complete(model, tokenizer, prompts, max_tokens=24)
-    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
-    merged, forward = [], type(layer).forward
-    monkeypatch.setattr(type(layer), "forward", lambda self, *args, **kwargs: (
-        merged.append(self.merged), forward(self, *args, **kwargs))[1])
-    with models.merged_rollouts(model):
-        rollouts = models.complete(model, tokenizer, prompts, max_tokens=24)
-        assert merged and all(merged)
-        monkeypatch.setattr(type(layer), "forward", lambda *_, **__: 1 / 0)
-        with pytest.raises(ZeroDivisionError):  # Ctrl-C within a rollout, say
-            models.complete(model, tokenizer, prompts, max_tokens=24)
-    if dtype == "float32":
-        assert rollouts == alone
-    assert not layer.merged
-    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda ids=None, *args, **kwargs: (
+        read.append((kwargs["input_ids"] if ids is None else ids).shape),
+        forward(*([] if ids is None else [ids]), *args, **kwargs))[1])
+    short, long = (models.build_prompt(text, "xml") for text in ("2 + 3?", "What is 2 + 3 + 4?"))
+    alone = models.complete(model, tokenizer, [short, long], max_tokens=24)
+    assert len(read) == 24 and read[0][0] == 2
+    read.clear()
+    twice = models.complete(model, tokenizer, [long, short, long, short], max_tokens=24)
+    assert twice == [alone[1], alone[0]] * 2
+    assert read[0][0] == 2 and all(shape == (4, 1) for shape in read[1:])
 
 
 def test_an_adapter_that_changes_nothing_or_reads_back_changed_is_an_error(
