@@ -22,6 +22,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+import cpu
 import models
 from export import ask_fast, check_adapter, export
 from machine import (
@@ -29,7 +30,7 @@ from machine import (
     start_backend,
 )
 from models import (
-    autocast_adapter, choose_dtype, complete, count_parameters, find_model, find_trained, has_gpu,
+    choose_dtype, complete, count_parameters, find_model, find_trained, has_gpu,
     is_main_process, load_model, load_tokenizer, load_trained, peak_memory_gb, quiet_libraries,
     render_prompts, stop,
 )
@@ -206,7 +207,7 @@ def load_policy(args, run: dict):
     lora = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
                       target_modules=args.lora_targets, task_type="CAUSAL_LM")
     try:
-        return autocast_adapter(get_peft_model(model, lora))
+        return cpu.autocast_adapter(get_peft_model(model, lora))
     except ValueError as problem:
         stop(f"--lora-targets {' '.join(args.lora_targets)}: {problem}")
 

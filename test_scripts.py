@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import cpu
 import engines
 import evaluate
 import export
@@ -224,7 +225,7 @@ def test_draws_by_inversion_have_the_given_probabilities():
 
     torch.manual_seed(0)
     multinomial, given = torch.multinomial, torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0]])
-    with models.draw_by_inversion():
+    with cpu.draw_by_inversion():
         drawn = torch.multinomial(given.repeat(50_000, 1), num_samples=1)
         assert torch.multinomial(given, 3).unique().tolist() == [1, 3, 4]
     assert drawn.shape == (50_000, 1) and torch.multinomial is multinomial
@@ -1061,7 +1062,7 @@ def test_a_gpu_computes_in_what_it_is_built_for(capability, dtype, monkeypatch):
     assert models.choose_dtype("float16") == "float16"
     if capability < (8, 0):  # installed or not, FlashAttention 2 does not run there
         monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
-        assert models.choose_attention("a model") is None
+        assert models.choose_attention() is None
 
 
 def test_a_preset_bounds_what_was_not_typed_and_leaves_the_batch():
