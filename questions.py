@@ -1,7 +1,7 @@
 """The questions: from the Hub, a file, reasoning-gym, or generated here; checked, with prompts.
 
     >>> generate_questions(1, seed=1)[0]["answer"].splitlines()[-1]
-    '#### 8'
+    '#### 17'
 
 A question is {"question", "answer" (the gold number), "solution" (worked, or None)}; with its
 conversation it is a row {..., "prompt", "tokens"}.
@@ -11,6 +11,7 @@ import csv
 import json
 import random
 import re
+import zlib
 from pathlib import Path
 
 import rewards
@@ -187,6 +188,8 @@ HELD_OUT_TEMPLATES = [  # never trained on: a gain on these is not memory
     ("{name} plants {a} rows of {b} trees. Then {c} more trees are planted. "
      "How many trees are there?", "a*b+c"),
 ]  # fmt: skip
+# By the number of steps: where three of them are hardly ever right, it pays to stop after one.
+LARGEST = {1: 12, 2: 6, 3: 5}
 NAMES = {
     "train": ["Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry"],
     "test": ["Olivia", "Peter", "Rosa", "Simon", "Tara", "Victor"],
@@ -201,18 +204,19 @@ _CALCULATE = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 def generate_questions(n: int, seed: int = 0, split: str = "train") -> list[dict[str, str]]:
     """Draw n different questions, each {"question", "answer"}; the answer ends in "#### gold".
 
-    The splits share no name, no thing and no combination of numbers, and every third "test"
+    The splits share no name, no thing and no numbers in the same order, and every third "test"
     question comes from a template that is never trained on.
     """
     rng, questions = random.Random(f"{split}-{seed}"), {}
     for _ in range(100 * n):
         held_out = split == "test" and len(questions) % 3 == 2
         question, steps = rng.choice(HELD_OUT_TEMPLATES if held_out else TEMPLATES)
-        numbers = {letter: rng.randint(2, 9 if steps[1] == "*" else 12) for letter in "abcd"}
+        largest = 9 if steps == "a*b" else LARGEST[len(steps) // 2]
+        numbers = {letter: rng.randint(2, largest) for letter in steps[::2]}
         if steps[1] == "-":
             numbers["a"] += numbers["b"]
-        if (sum(numbers.values()) % 5 == 0) != (split == "test"):
-            continue  # the sum of the numbers decides which split may use them
+        if (zlib.crc32(bytes(numbers.values())) % 4 == 0) != (split == "test"):
+            continue  # the numbers decide which split may use them
         name, other = rng.sample(NAMES[split], 2)
         thing = rng.choice(THINGS[split])
         question = question.format(name=name, other=other, thing=thing, **numbers)

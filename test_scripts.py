@@ -475,6 +475,8 @@ def test_generated_questions_hold_out_names_numbers_and_templates():
 
     names = set(questions.NAMES["train"])
     assert names <= words(train) and not names & words(test)
+    used = [{tuple(re.findall(r"\d+", q["question"])) for q in rows} for rows in (train, test)]
+    assert not used[0] & used[1] and len(used[1]) > 80
     unseen = re.compile("fish|chairs|trees")
     assert sum(bool(unseen.search(q["question"])) for q in test) == 100
     assert not any(unseen.search(q["question"]) for q in train)
