@@ -51,7 +51,7 @@ RECIPES = {
         # spread, count as much as those that differ in the answer; at twice this rate the gain
         # halves, and at 5e-4 it learnt to answer without reasoning.
         "warm_start": 8, "learning_rate": 1e-4, "scale_rewards": "none", "batch_size": 16,
-        "gradient_accumulation_steps": 2, "num_generations": 8, "max_steps": 36,
+        "gradient_accumulation_steps": 2, "num_generations": 8, "max_steps": 30,
         "max_prompt_length": 300, "max_completion_length": None, "eval_questions": 256,
         "reward_funcs": ["correctness_reward_func", "strict_format_reward_func",
                          "int_reward_func", "xmlcount_reward_func"],

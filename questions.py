@@ -157,9 +157,9 @@ def rendered(question: dict, fmt: str) -> str:
 
 
 # ---- Generated questions -------------------------------------------------------------------------
-# (question, its steps from left to right). Letters a-d are numbers drawn at random. Few subtract:
-# the 135M model does not (18 - 9 = 17), and a question that no completion of a group solves teaches
-# nothing.
+# (question, its steps from left to right). Letters a-d are numbers drawn at random. Only one
+# subtracts: the 135M model does not (18 - 9 = 17), and a question that no completion of a group
+# solves teaches nothing.
 TEMPLATES = [
     ("{name} has {a} {thing}. {name} buys {b} more. How many {thing} does {name} have now?", "a+b"),
     ("{name} had {a} {thing} and gave {b} of them to {other}. How many {thing} are left?", "a-b"),
@@ -167,8 +167,8 @@ TEMPLATES = [
     ("{name} is {a} years old. {other} is {b} years older than {name}. How old is {other}?", "a+b"),
     ("{name} walks {a} miles every day. How many miles does {name} walk in {b} days?", "a*b"),
     ("One of the {thing} costs {a} dollars. How many dollars do {b} of the {thing} cost?", "a*b"),
-    ("{name} found {a} {thing}, {other} found {b} {thing}, and then they lost {c} of them. "
-     "How many {thing} do they have?", "a+b-c"),
+    ("{name} found {a} {thing}, {other} found {b} {thing}, and then they found {c} more. "
+     "How many {thing} do they have?", "a+b+c"),
     ("{name} had {a} {thing}, got {b} more on Monday and {c} more on Tuesday. "
      "How many {thing} does {name} have?", "a+b+c"),
     ("{name} packs {a} bags with {b} {thing} each and has {c} {thing} left over. "
@@ -224,9 +224,8 @@ def generate_questions(n: int, seed: int = 0, split: str = "train") -> list[dict
         for operator, letter in zip(steps[1::2], steps[2::2]):
             left, result = result, _CALCULATE[operator](result, numbers[letter])
             lines.append(f"{left} {operator} {numbers[letter]} = {result}")
-        if result >= 0:
-            answer = "\n".join([*lines, f"#### {result}"])
-            questions[question] = {"question": question, "answer": answer}
+        answer = "\n".join([*lines, f"#### {result}"])
+        questions[question] = {"question": question, "answer": answer}
         if len(questions) == n:
             return list(questions.values())
     raise ValueError(f"the templates do not yield {n} different questions")
