@@ -1,7 +1,7 @@
 """The questions: from the Hub, a file, reasoning-gym, or generated here; checked, with prompts.
 
     >>> generate_questions(1, seed=1)[0]["answer"].splitlines()[-1]
-    '#### 17'
+    '#### 13'
 
 A question is {"question", "answer" (the gold number), "solution" (worked, or None)}; with its
 conversation it is a row {..., "prompt", "tokens"}.
@@ -159,9 +159,12 @@ def rendered(question: dict, fmt: str) -> str:
 # ---- Generated questions -------------------------------------------------------------------------
 # (question, its steps from left to right). Letters a-d are numbers drawn at random. Only one
 # subtracts: the 135M model does not (18 - 9 = 17), and a question that no completion of a group
-# solves teaches nothing.
+# solves teaches nothing. As many add as multiply, not all of them with "more": else that word alone
+# comes to decide.
 TEMPLATES = [
     ("{name} has {a} {thing}. {name} buys {b} more. How many {thing} does {name} have now?", "a+b"),
+    ("{name} has {a} {thing} and {other} has {b} {thing}. How many {thing} do they have together?",
+     "a+b"),
     ("{name} had {a} {thing} and gave {b} of them to {other}. How many {thing} are left?", "a-b"),
     ("There are {a} boxes with {b} {thing} in each box. How many {thing} are there in all?", "a*b"),
     ("{name} is {a} years old. {other} is {b} years older than {name}. How old is {other}?", "a+b"),
