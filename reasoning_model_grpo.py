@@ -269,12 +269,13 @@ def warm_start(args, run: dict, model, run_dir: Path):
     rows = [row for row in run["train"] if row["solution"]][: args.warm_start * WARM_START_BATCH]
     examples = [{"prompt": row["prompt"], "completion": [
         {"role": "assistant", "content": rendered(row, args.format)}]} for row in rows]
-    same = ("use_cpu", "bf16", "fp16", "gradient_checkpointing", "seed", "lr_scheduler_type",
-            "optim", "weight_decay", "warmup_steps", "max_grad_norm")  # Unsloth's defaults differ
+    same = ("use_cpu", "bf16", "fp16", "gradient_checkpointing", "seed",
+            "optim", "weight_decay", "max_grad_norm")  # Unsloth's defaults differ
     config = SFTConfig(
         output_dir=str(run_dir), max_steps=args.warm_start, max_length=None, save_strategy="no",
         per_device_train_batch_size=WARM_START_BATCH, gradient_accumulation_steps=1,
-        learning_rate=args.warm_start_learning_rate, report_to="none", logging_strategy="no",
+        learning_rate=args.warm_start_learning_rate, lr_scheduler_type="linear", warmup_steps=0,
+        report_to="none", logging_strategy="no",
         disable_tqdm=False, **{name: getattr(run["config"], name) for name in same})
     print(f"warm start: {args.warm_start} supervised steps", flush=True)
     trainer = SFTTrainer(model=model, args=config, processing_class=run["tokenizer"],
