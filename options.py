@@ -47,10 +47,10 @@ RECIPES = {
     "smollm2-135m": {  # the default without a GPU, so without an account; else --report-to wandb
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "lora_rank": 16, "lora_alpha": 32,
         # Untrained it writes no tag, every reward is 0, and nothing is learnt: supervised steps
-        # show it the format. After eight of them its long answers are so seldom right that stopping
-        # after one calculation pays better, and some runs learn that. Groups that differ in format only would, scaled to their
-        # spread, count as much as those that differ in the answer; at twice this rate the gain
-        # halves, and at 5e-4 it learnt to answer without reasoning.
+        # show it the format. After 8 of them long answers are so seldom right that it pays to stop
+        # after one calculation. Groups that differ in format only would, scaled to their spread,
+        # count as much as those that differ in the answer; at twice this rate the gain halves,
+        # and at 5e-4 it learnt to answer without reasoning.
         "warm_start": 16, "learning_rate": 1e-4, "scale_rewards": "none", "batch_size": 16,
         "gradient_accumulation_steps": 2, "num_generations": 8, "max_steps": 30,
         "max_prompt_length": 300, "max_completion_length": None, "eval_questions": 256,

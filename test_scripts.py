@@ -793,8 +793,7 @@ def test_the_real_model_learns_the_format(real_model, workplace, monkeypatch, ca
     cache.mkdir(parents=True)
     (cache / real_model.name).symlink_to(real_model)
     monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "cache"))
-    script.main(["--dataset", "generated", "--max-steps", "4", "--eval-questions", "32",
-                 "--warm-start", "8"])
+    script.main(["--dataset", "generated", "--max-steps", "4", "--eval-questions", "32"])
     printed = capsys.readouterr().out
     stages = json.loads(Path("outputs/smollm2-135m/evaluation.json").read_text())["stages"]
     assert stages["before"]["format"]["rate"] == 0
