@@ -165,7 +165,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--reward-weights", nargs="+", type=float, metavar="W", help="default: 1 each")
     add("--warm-start", type=many, default=0, metavar="N",
         help="supervised steps on worked solutions first, 0 = off")
-    add("--warm-start-learning-rate", type=positive, default=5e-4)
+    add("--warm-start-learning-rate", type=positive, default=5e-4,
+        help="falls linearly to zero (default: %(default)s)")
     add("--strict-start", action=flag, default=False, help="stop if no reward differs at the start")
     add("--seed", type=many, default=0)
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
