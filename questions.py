@@ -1,7 +1,7 @@
 """The questions: from the Hub, a file, reasoning-gym, or generated here; checked, with prompts.
 
     >>> generate_questions(1, seed=1)[0]["answer"].splitlines()[-1]
-    '#### 13'
+    '#### 12'
 
 A question is {"question", "answer" (the gold number), "solution" (worked, or None)}; with its
 conversation it is a row {..., "prompt", "tokens"}.
@@ -157,31 +157,31 @@ def rendered(question: dict, fmt: str) -> str:
 
 
 # ---- Generated questions -------------------------------------------------------------------------
-# (question, its steps from left to right). Letters a-d are numbers drawn at random. Only one
-# subtracts: the 135M model does not (18 - 9 = 17), and a question that no completion of a group
-# solves teaches nothing. As many add as multiply, not all of them with "more": else that word alone
-# comes to decide.
+# (question, its steps from left to right). Letters a-c are numbers drawn at random. No more than
+# two steps, and none that subtracts: the 135M model is hardly ever right there (18 - 9 = 17), so it
+# pays to stop early, and a question that no completion of a group solves teaches nothing. Words
+# like "more" go with both operations: else that word alone comes to decide.
 TEMPLATES = [
     ("{name} has {a} {thing}. {name} buys {b} more. How many {thing} does {name} have now?", "a+b"),
     ("{name} has {a} {thing} and {other} has {b} {thing}. How many {thing} do they have together?",
      "a+b"),
-    ("{name} had {a} {thing} and gave {b} of them to {other}. How many {thing} are left?", "a-b"),
+    ("{name} made {a} {thing} and {other} made {b}. How many {thing} did they make in all?", "a+b"),
     ("There are {a} boxes with {b} {thing} in each box. How many {thing} are there in all?", "a*b"),
-    ("{name} is {a} years old. {other} is {b} years older than {name}. How old is {other}?", "a+b"),
     ("{name} walks {a} miles every day. How many miles does {name} walk in {b} days?", "a*b"),
-    ("One of the {thing} costs {a} dollars. How many dollars do {b} of the {thing} cost?", "a*b"),
     ("{name} found {a} {thing}, {other} found {b} {thing}, and then they found {c} more. "
      "How many {thing} do they have?", "a+b+c"),
     ("{name} had {a} {thing}, got {b} more on Monday and {c} more on Tuesday. "
      "How many {thing} does {name} have?", "a+b+c"),
+    ("{name} has {a} red, {b} blue and {c} green {thing}. How many {thing} does {name} have?",
+     "a+b+c"),
     ("{name} packs {a} bags with {b} {thing} each and has {c} {thing} left over. "
      "How many {thing} did {name} start with?", "a*b+c"),
     ("{name} buys {a} {thing} for {b} dollars each and pays {c} dollars for a bag. "
      "How many dollars does {name} pay?", "a*b+c"),
-    ("{name} had {a} {thing}, bought {b} more, got {c} from {other} and found {d} more. "
-     "How many {thing} does {name} have?", "a+b+c+d"),
-    ("{name} reads {a} pages a day for {b} days, then {c} pages on Saturday and {d} on Sunday. "
-     "How many pages is that?", "a*b+c+d"),
+    ("{name} reads {a} pages a day for {b} days and {c} pages on Sunday. How many pages is that?",
+     "a*b+c"),
+    ("{name} fills {a} bags with {b} {thing} each. Then {other} brings {c} more. "
+     "How many {thing} do they have?", "a*b+c"),
 ]  # fmt: skip
 HELD_OUT_TEMPLATES = [  # never trained on: a gain on these is not memory
     ("{name} catches {a} fish and {other} catches {b} fish. "
@@ -191,8 +191,6 @@ HELD_OUT_TEMPLATES = [  # never trained on: a gain on these is not memory
     ("{name} plants {a} rows of {b} trees. Then {c} more trees are planted. "
      "How many trees are there?", "a*b+c"),
 ]  # fmt: skip
-# By the number of steps: where three of them are hardly ever right, it pays to stop after one.
-LARGEST = {1: 12, 2: 6, 3: 5}
 NAMES = {
     "train": ["Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry"],
     "test": ["Olivia", "Peter", "Rosa", "Simon", "Tara", "Victor"],
@@ -201,7 +199,7 @@ THINGS = {
     "train": ["apples", "marbles", "books", "pencils", "cookies", "stamps", "shells"],
     "test": ["oranges", "coins", "cards", "buttons", "muffins"],
 }
-_CALCULATE = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+_CALCULATE = {"+": int.__add__, "*": int.__mul__}
 
 
 def generate_questions(n: int, seed: int = 0, split: str = "train") -> list[dict[str, str]]:
@@ -214,10 +212,8 @@ def generate_questions(n: int, seed: int = 0, split: str = "train") -> list[dict
     for _ in range(100 * n):
         held_out = split == "test" and len(questions) % 3 == 2
         question, steps = rng.choice(HELD_OUT_TEMPLATES if held_out else TEMPLATES)
-        largest = 9 if steps == "a*b" else LARGEST[len(steps) // 2]
+        largest = {"a+b": 12, "a*b": 9}.get(steps, 7)
         numbers = {letter: rng.randint(2, largest) for letter in steps[::2]}
-        if steps[1] == "-":
-            numbers["a"] += numbers["b"]
         if (zlib.crc32(bytes(numbers.values())) % 4 == 0) != (split == "test"):
             continue  # the numbers decide which split may use them
         name, other = rng.sample(NAMES[split], 2)
