@@ -302,7 +302,7 @@ def grpo_config(args, dtype: str, output_dir: str):
     }
     fields = {
         "logging_steps": 1, "disable_tqdm": True, "save_total_limit": 2, "max_grad_norm": 1.0,
-        "lr_scheduler_type": "linear",  # falls to 0: the last few questions don't weigh double
+        "lr_scheduler_type": "linear",  # falls to 0, so the last few questions don't decide
         "warmup_steps": 0,  # runs are short, and a warm-up's first step trains nothing
         "optim": "adamw_torch_fused", "weight_decay": 0.0,  # Unsloth's differ
         "mask_truncated_completions": False, "epsilon_high": None,

@@ -212,6 +212,7 @@ def generate_questions(n: int, seed: int = 0, split: str = "train") -> list[dict
     for _ in range(100 * n):
         held_out = split == "test" and len(questions) % 3 == 2
         question, steps = rng.choice(HELD_OUT_TEMPLATES if held_out else TEMPLATES)
+        # Smaller where one result goes into the next: right often enough for a group to learn from.
         largest = {"a+b": 12, "a*b": 9}.get(steps, 7)
         numbers = {letter: rng.randint(2, largest) for letter in steps[::2]}
         if (zlib.crc32(bytes(numbers.values())) % 4 == 0) != (split == "test"):

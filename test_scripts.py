@@ -478,6 +478,8 @@ def test_generated_questions_hold_out_names_numbers_and_templates():
     used = [{tuple(re.findall(r"\d+", q["question"])) for q in rows} for rows in (train, test)]
     assert not used[0] & used[1]
     assert 0.2 < len(used[1]) / len(used[0] | used[1]) < 0.3  # a quarter of them is held out
+    evaluated = questions.generate_questions(384, seed=3, split="test")  # as many as a run takes
+    assert len({tuple(re.findall(r"\d+", q["question"])) for q in evaluated}) > 80
     unseen = re.compile("fish|chairs|trees")
     assert sum(bool(unseen.search(q["question"])) for q in test) == 100
     assert not any(unseen.search(q["question"]) for q in train)
