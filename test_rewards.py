@@ -1,12 +1,11 @@
 """What rewards.py promises: `pytest test_rewards.py`. Its speed: `python test_rewards.py`.
 
 Each row of a table is (input, expected, why it is there). The benchmark is not a test: it prints
-completions a second for every reward, beside math-verify where that is installed.
+completions a second for every reward.
 """
 
 import doctest
 import inspect
-import itertools
 import json
 import math
 import re
@@ -21,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
-from options import RECIPES
 from rewards import (
-    FORMATS, REWARD_FUNCS, explain, extract_hash_answer, extract_xml_answer, is_correct,
-    last_number, parse_number,
+    FORMATS, REWARD_FUNCS, after_thinking, answer_fault, build_prompt, choose_backend, fold_system,
+    format_fault, extract_hash_answer, extract_xml_answer, is_correct, last_number, parse_number,
+    refuses_system, render_prompts, vote,
 )
 
 GSM8K = Path(__file__).resolve().parent.parent / "shared" / "gsm8k"
@@ -32,8 +31,9 @@ MAXIMUM = {
     "correctness_reward_func": 1.0, "int_reward_func": 0.5, "strict_format_reward_func": 0.5,
     "soft_format_reward_func": 0.5, "xmlcount_reward_func": 0.5, "match_format_exactly": 3.0,
     "match_format_approximately": 2.0, "check_answer_correctness": 3.0,
-    "check_numbers_extraction": 1.5,
+    "check_numbers_extraction": 1.5, "arithmetic_reward_func": 0.5,
 }
+QUESTION = "Natalia sold 48 clips in April, and half as many in May. How many in all?"
 
 
 def perfect(answer="72", reasoning="48 / 2 = 24\n48 + 24 = 72", fmt="xml") -> str:
@@ -41,7 +41,52 @@ def perfect(answer="72", reasoning="48 / 2 = 24\n48 + 24 = 72", fmt="xml") -> st
 
 
 def value(name: str, text: str, gold: str = "72", fmt: str = "xml") -> float:
-    return REWARD_FUNCS[name]([""], [text], answer=[gold], fmt=fmt)[0]
+    return REWARD_FUNCS[name]([QUESTION], [text], answer=[gold], fmt=fmt)[0]
+
+
+# ---- Prompts -------------------------------------------------------------------------------------
+class Tokenizer:
+    """A chat template that treats a system message as it was told: takes, raises or drops it."""
+
+    def __init__(self, system="takes"):
+        self.system = system
+
+    def apply_chat_template(self, prompt, tokenize, add_generation_prompt, **more):
+        roles = [message["role"] for message in prompt]
+        if self.system == "broken" or self.system == "raises" and "system" in roles:
+            raise RuntimeError("System role not supported")
+        kept = [m for m in prompt if self.system != "drops" or m["role"] != "system"]
+        assert add_generation_prompt and not tokenize
+        return "".join(f"[{m['role']}]{m['content']}" for m in kept) + f"[assistant]{more or ''}"
+
+
+def test_the_prompt_is_system_then_shots_then_the_question():
+    prompt = build_prompt("Q", "xml", [("q", "a")])
+    assert [m["role"] for m in prompt] == ["system", "user", "assistant", "user"]
+    assert [m["content"] for m in prompt] == [rewards.SYSTEM_PROMPT, "q", "a", "Q"]
+    rendered = render_prompts(Tokenizer(), [prompt, prompt[-1:]], {"enable_thinking": False})
+    assert rendered[1] == "[user]Q[assistant]{'enable_thinking': False}"
+    assert render_prompts(Tokenizer(), [prompt[-1:]]) == ["[user]Q[assistant]"]
+
+
+def test_a_system_text_goes_in_front_of_the_first_user_message():
+    prompt = build_prompt("Q", "xml", [("q", "a")])
+    assert fold_system(prompt) == [
+        {"role": "user", "content": f"{rewards.SYSTEM_PROMPT}\n\nq"}, *prompt[2:]]
+    assert prompt == build_prompt("Q", "xml", [("q", "a")])  # not changed in place
+    assert fold_system(prompt[1:]) == prompt[1:] and fold_system([]) == []
+    assert fold_system(prompt[:1]) == [{"role": "user", "content": rewards.SYSTEM_PROMPT}]
+    assert render_prompts(Tokenizer("raises"), [fold_system(prompt)])[0].startswith("[user]Respond")
+
+
+@pytest.mark.parametrize("system, refused", [("takes", False), ("raises", True), ("drops", True)])
+def test_a_template_that_refuses_the_system_role_is_found_out(system, refused):
+    assert refuses_system(Tokenizer(system)) is refused
+
+
+def test_a_template_that_renders_nothing_lets_its_error_out():
+    with pytest.raises(RuntimeError, match="not supported"):
+        refuses_system(Tokenizer("broken"))
 
 
 # ---- Numbers -------------------------------------------------------------------------------------
@@ -95,10 +140,30 @@ NUMBERS = [
     ("4 10/3", None, "improper mixed number"), ("\\boxed{7}\\boxed{2}", None, "two boxes"),
     ("\\frac{1}{2}", None, "LaTeX fraction"), ("x^{72}", None, "exponent"),
     ("±5", None, "two values"),
+    # What stands behind a number changes it only directly behind it, else it is a unit.
+    ("193 newspapers to District B", "193", "B, no billion"), ("5 B", None, "a billion"),
+    ("14,000 bars in the fourth week", "14000", "a week"), ("3 fourths", None, "a fraction"),
+    ("250 customers on the third day", "250", "a day"), ("762 M&Ms", "762", "M, no million"),
+    ("5 M students", None, "a million"), ("$5K", None, "K"), ('67"', "67", "inches"),
+    ("5 (thousand)", None, "in brackets"), ("5 **thousand**", None, "in bold"),
+    ("\\boxed{5}\\text{ million}", None, "in LaTeX"), ("5 cm squared", "5", "a unit's square"),
+    ("25 m²", "25", "a unit's sign"), ("5 squared", None, "a square"), ('"72"', "72", "quotes"),
+    ("72 apples or pears", "72", "no hedge of the number"), ("72 apples!", "72", "no factorial"),
+    ("72 dollars or more", None, "a bound"), ("72 dollars or seventy", None, "a hedge in words"),
+    ("2 hours and a half", None, "half an hour more"), ("5 times a hundred", None, "a product"),
+    ("72, in thousands", None, "a comma first"), ("72 dollars in thousands", None, "a scale"),
+    ("11,\\! 111,\\! 111,\\! 100", "11111111100", "LaTeX's thin spaces"),
+    ("1\\,080", "1080", "LaTeX's thin space"), ("7\\,2", None, "which groups no thousands here"),
+    ("72\\ \\text{cm}", "72", "LaTeX's space"),
+    ("1{,}080{,}5", None, "nor a comma"), ("2:00 pm", "2", "a full hour is its hour"),
+    ("14:00", "14", "of 24"), ("12:00:00", "12", "to the second"), ("2:30 pm", None, "no hour"),
+    ("2:00 or 3:00", None, "two hours"), (18.0, "18", "JSON"), (1e20, "1" + "0" * 20, "JSON"),
+    (float("nan"), None, "JSON's NaN"), (None, None, "null"), (True, None, "a bool"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text, number, why", NUMBERS, ids=[f"{r[2]}: {r[0][:9]}" for r in NUMBERS])
+@pytest.mark.parametrize("text, number, why", NUMBERS,
+                         ids=[f"{row[2]}: {row[0]!s:.9}" for row in NUMBERS])
 def test_parse_number(text, number, why):
     assert parse_number(text) == (None if number is None else Decimal(number)), why
 
@@ -112,6 +177,9 @@ LAST = [
     ("the sum is 234 ... so **73**.", "73", "bold"), ("(72)", "72", "in brackets"),
     ("\\boxed{840}. So \\boxed{004}", "4", "boxes are not joined"), ("72, or so", "72", "comma"),
     ("a total of $1,080.00!", "1080", "money"), ("10,80", None, "malformed groups are not joined"),
+    ("so $9{,}500.", "9500", "LaTeX"), ("\\boxed{9{,}500}", "9500", "LaTeX in a box"),
+    ("at 2:00 pm", "2", "never 00"), ("from 9 to 12:00:00", "12", "never 00"),
+    ("wait...72", "72", "an ellipsis is no point"), ("it is 72...", "72", "nor at the end"),
 ]  # fmt: skip
 
 
@@ -135,7 +203,11 @@ VERDICTS = [  # completion, gold, strict, flexible, why
     ("<answer>72", "72", False, True, "unclosed"), ("72</answer>", "72", False, True, "unopened"),
     ("</answer>72<answer>", "72", False, True, "reversed"), ("72", "72", False, True, "no block"),
     (BLOCK("72 or 73"), "72", False, False, "candidates in the block"),
-    (BLOCK("") + " 72", "72", False, False, "an empty block is read, the text after is not"),
+    (BLOCK("") + " 72", "72", False, True, "an empty block holds no number"),
+    (BLOCK("71 or 72"), "72", False, True, "nor one of two: the last then"),
+    (BLOCK("71") + " 72", "72", False, False, "a block that holds one is read, no text after it"),
+    (BLOCK("2:00 pm"), "2", True, True, "the hour"), (BLOCK("00"), "2:00", False, False, "not 00"),
+    (BLOCK("72"), "#### 72\nThe answer is: 5", True, True, "the gold ends with its line"),
     ("The answer is 72.", "72", False, True, "prose"), ("", "72", False, False, "empty"),
     (BLOCK("72"), "none", False, False, "a gold that is no number is matched by nothing"),
     (BLOCK("none"), "none", False, False, "nor by itself"),
@@ -147,6 +219,7 @@ VERDICTS = [  # completion, gold, strict, flexible, why
 def test_is_correct(text, gold, strict, flexible, why):
     assert (is_correct(text, gold), is_correct(text, gold, mode="flexible")) == (strict, flexible)
     assert value("correctness_reward_func", text, gold) == strict
+    assert (answer_fault(text, gold) is None) == strict
 
 
 def test_is_correct_reads_either_format_and_refuses_other_modes():
@@ -162,7 +235,122 @@ def test_extractors():
     assert extract_xml_answer("72") == ""
     assert extract_hash_answer("48 #### 24 #### 1,080") == "1,080"
     assert extract_hash_answer("72") is None
+    assert extract_hash_answer("a #### 18 \r\nThe answer is: 18") == "18"
     assert FORMATS["xml"].system_prompt == rewards.SYSTEM_PROMPT
+
+
+FAULTS = [
+    (perfect("70"), "the answer is 70, the gold is 72"), (perfect("72"), None),
+    (BLOCK("7") * 2, "2 answer tags are a hedge"),
+    ("<answer>72", "there is no closed answer block"), ("", "there is no closed answer block"),
+    (BLOCK("many"), "the answer 'many' is not one number"),
+    (BLOCK("9" * 99), f"the answer is {'1.' + '0' * 29}E+99, the gold is 72"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, why", FAULTS)
+def test_a_wrong_answer_has_a_reason(text, why):
+    assert answer_fault(text, "72", "xml") == why
+
+
+def test_a_gold_that_is_no_number_is_named():
+    assert answer_fault(perfect(), "seventy") == "the gold 'seventy' is not one number"
+
+
+def test_the_vote_takes_the_most_frequent_number_and_the_first_on_a_tie():
+    texts = [perfect("7"), perfect("8.0"), perfect("8"), "72", perfect("many"), BLOCK("7") * 2]
+    assert vote(texts, "xml") == ("8.0", 2)
+    assert vote([perfect("7"), perfect("8")], "xml") == ("7", 1)
+    assert vote(["72"], "xml") == vote([], "xml") == (None, 0)
+
+
+# ---- flexible beside its outside oracle ----------------------------------------------------------
+def harness(text: str, gold: str) -> bool:
+    """flexible-extract and exact_match of lm-evaluation-harness' gsm8k.yaml."""
+    found = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)
+    answer = next(filter(None, found[-1])).strip() if found else "[invalid]"
+    for ignored in (",", r"\$", r"(?s).*#### ", r"\.$"):
+        answer, gold = re.sub(ignored, "", answer), re.sub(ignored, "", gold)
+    return answer.lower() == gold.lower()
+
+
+PROSE = [
+    "so it is {}", "{} apples", "a total of {}.", "12 and then {}", "({})", "**{}**", "{}%",
+    "\\boxed{{{}}}", "the answer is {}!", "1 + 2 = {} eggs", "x={}\n", "{} dollars, in all",
+    "<answer>{}",
+    "{}</answer>", "<answer>1 or {}</answer>", "#### {}", "4 - {}", "{}km", "{}$", "72 of {}, so",
+    "<answer>{}</answer><answer>{}</answer>", "at 7:{}", "<answer></answer> {}", "{} 'units'",
+]  # fmt: skip
+WRITTEN = ["72", "-5", "1,080", "$18", "$1,234,567", "0", "7", "3.5", "$2.50", "-12", "$-5", "-$5"]
+DIFFERENCES = [  # text, gold, harness, why ours differs; each is wrong by the other
+    ("72.00", "72", False, "values are compared, no strings"), ("072", "72", False, "the same"),
+    ("\u22125", "-5", False, "U+2212 is a minus"), ("9{,}500", "9500", False, "LaTeX's comma"),
+    ("1,\\!080", "1080", False, "LaTeX's thin space"), ("2:00", "2", False, "00 is no answer"),
+    ("it is 72, or ...", "72", False, "a run without a digit is no number"),
+    ("it is 72...", "72", False, "an ellipsis is no part of it"),
+    ("wait...72", "72", False, "nor before it"), (".5", "0.5", False, "no zero before the point"),
+    ("10,80", "1080", True, "commas that group no thousands join nothing"),
+    ("7,8,9", "789", True, "a list is no number"), ("$5,$6", "56", True, "two prices are none"),
+    ("<think>72", "72", True, "a thought that is cut off has no answer"),
+    ("<think>72</think> none", "72", True, "nor is the thought one"),
+    (BLOCK("72") + " 5", "72", False, "a block that holds one number is the answer"),
+    (BLOCK("72") + " 5", "5", True, "and the text after it none"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("prose", PROSE)
+def test_flexible_reads_as_the_harness_does(prose):
+    for written in WRITTEN:
+        plain = re.sub(r"[$,]", "", written)
+        for gold in (plain, plain.replace("-", "") + "1", "72", "12", "1", "7", "5"):
+            text = prose.format(written, written)
+            assert is_correct(text, gold, mode="flexible") == harness(text, gold), (text, gold)
+
+
+@pytest.mark.parametrize("text, gold, theirs, why", DIFFERENCES)
+def test_flexible_differs_from_the_harness_where_it_says(text, gold, theirs, why):
+    assert harness(text, gold) == theirs != is_correct(text, gold, mode="flexible"), why
+
+
+# ---- Thinking ------------------------------------------------------------------------------------
+DRAFT = "First <reasoning>a</reasoning><answer>71</answer>, no. "
+THOUGHTS = [  # text, what follows its thinking, why
+    (f"<think>hm</think>{perfect()}", perfect(), "a thought"),
+    (f"\n<think>\n\n</think>\n\n{perfect()}", f"\n\n{perfect()}", "an empty thought"),
+    (f"hm</think>{perfect()}", perfect(), "the prompt opened it"),
+    (f"</think>{perfect()}", perfect(), "the prompt opened it, and nothing was thought"),
+    (f"<think>{DRAFT}</think>{perfect()}", perfect(), "tags in a thought do not count"),
+    (f"{DRAFT}</think>{perfect()}", perfect(), "nor where the prompt opened it"),
+    ("<think>" + perfect(), "", "cut off"), ("<think>", "", "cut off at once"),
+    (perfect(), perfect(), "no thought"), (f"So: {perfect()}", f"So: {perfect()}", "only prose"),
+    (f"Well <think>a {perfect()}", f"Well <think>a {perfect()}", "no leading one"),
+    (f"<think>a</think>b</think>{perfect()}", f"b</think>{perfect()}", "the first end counts"),
+    (f"{perfect('71')}</think>{perfect()}", f"{perfect('71')}</think>{perfect()}",
+     "an answer from its first word on is no thought"),
+    (f"<answer>71</think>{BLOCK('72')}", f"<answer>71</think>{BLOCK('72')}", "the same, unclosed"),
+    ("<answer>71</think>72</answer>", "<answer>71</think>72</answer>", "inside an answer block"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, follows, why", THOUGHTS, ids=[row[-1] for row in THOUGHTS])
+def test_a_leading_thought_is_no_part_of_the_answer(text, follows, why):
+    assert after_thinking(text) == follows
+    if follows.strip() == perfect():
+        assert {name: value(name, text) for name in REWARD_FUNCS} == MAXIMUM
+        assert extract_xml_answer(text) == "72" and is_correct(text, "72", mode="flexible")
+        assert format_fault(text) is answer_fault(text, "72") is None
+    else:
+        assert not value("strict_format_reward_func", text) or text == perfect()
+
+
+@pytest.mark.parametrize("first", ["", "hm ", "<think>", "<think></think>"])
+def test_of_several_answers_round_a_thoughts_end_one_place_is_paid_at_most(first):
+    for text in (f"{first}{BLOCK('71')}</think>{BLOCK('72')}",
+                 f"{first}{BLOCK('71')}</think>{BLOCK('72')}</think>{BLOCK('73')}",
+                 f"{first}<answer>71</think>{BLOCK('72')}"):
+        for name in ("correctness_reward_func", "check_numbers_extraction"):
+            paid = [gold for gold in ("71", "72", "73") if value(name, text, gold) > 0]
+            assert paid in ([], ["72"]), (name, text)  # never the first, never two
 
 
 # ---- Reward functions ----------------------------------------------------------------------------
@@ -283,84 +471,47 @@ def test_the_prompt_names_the_tags_that_are_rewarded(fmt):
     assert sorted(tags, key=prompt.index) == list(tags)
 
 
-REASONS = [
-    (perfect("70"), "correctness_reward_func", "the answer is 70, the gold is 72"),
-    (BLOCK("7") * 2, "correctness_reward_func", "2 answer tags are a hedge"),
-    ("<answer>72", "correctness_reward_func", "there is no closed answer block"),
-    (BLOCK("many"), "int_reward_func", "the answer 'many' is not one number"),
-    (INLINE, "strict_format_reward_func", "<reasoning> is not alone on its line"),
-    (perfect(reasoning=""), "soft_format_reward_func", "the reasoning is empty"),
-    (BLOCK("72") + "!", "xmlcount_reward_func",
-     "2 of 4 tags occur once, 1 characters follow the last"),
-    (perfect("70"), "check_answer_correctness", "the answer is 70, the gold is 72: within 10 %"),
-    ("<answer>70", "check_numbers_extraction", "after <answer> stands 70, not the gold"),
+EQUATIONS = [  # reasoning, share that holds, why; the question's numbers are 48, 2 (half) and 10
+    ("48 / 2 = 24\n48 + 24 = 72", 1, "all hold"), ("48 / 2 = 24, 48 + 24 = 70", 0.5, "one of two"),
+    ("- $48 / 2 = $24.\n* 24 x 10 = 240", 1, "bullets and money"), ("24×2=48", 0, "24 is unknown"),
+    ("48 / 2 = 24 and 24×2=48", 1, "24 is an earlier result"), ("no sum", 0, "none"),
+    ("48 = 48", 0, "no operation"), ("48 / 48 = 1, 48 - 48 = 0", 0, "always true"),
+    ("48 + 0 = 48, 48 * 1 = 48", 0, "always true"), ("1 + 1 = 2", 0, "not of this question"),
+    ("48 + 7 = 55", 0, "7 is not of this question"), ("1 + 1 = 2, 2 + 2 = 4", 0.5, "2 is, as half"),
+    ("3 + 3 = 6, 6 + 6 = 12, 12 + 6 = 18", 0, "what nothing ties to the question ties nothing"),
+    ("48 / 2 = 24, " * 9 + "48 + 2 = 51", 0.5, "repeated ones count once"),
+    ("48 + 2 = 50, 2 + 48 = 50, 48 - 2 = 45", 0.5, "turned round they are the same"),
+    ("48 + 2 = 50, 48 + 2 = 51, 48 + 2 = 52, 48 + 2 = 49", 0.25, "guesses share one truth"),
+    ("48 / 10 = 4.8", 1, "a decimal"), ("10 / 48 = 0.21", 0, "rounded is not exact"),
+    ("2 - 10 = -8", 1, "a negative result"), ("48 * 10 = 4,80", 0, "malformed"),
+    ("48 + 2 + 10 = 12", 0, "no part of a longer one"), ("y * 10 + 2 = 12", 0, "nor its end"),
+    ("48 + 2 = 50 - 10 = 40", 0, "nor of a chain"), ("48" + "0" * 99 + " + 2 = 3", 0, "too long"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text, name, why", REASONS)
-def test_explain_gives_the_values_of_the_rewards_and_a_reason_each(text, name, why):
-    explained = explain([{"role": "assistant", "content": text}], "72", "xml")
-    assert explained[name][1] == why
-    for name, (number, why) in explained.items():
-        assert number == value(name, text) and len(why) > 10, name
+@pytest.mark.parametrize("reasoning, share, why", EQUATIONS, ids=[row[-1] for row in EQUATIONS])
+def test_the_arithmetic_reward_is_the_share_of_equations_that_hold(reasoning, share, why):
+    question = [{"role": "user", "content": "1 + 7?"}, {"role": "assistant", "content": "3"},
+                {"role": "user", "content": "48 clips, half of them red, 10 boxes"}]
+    def reward(text):
+        return REWARD_FUNCS["arithmetic_reward_func"]([question], [text])[0]
+
+    text = perfect(reasoning=reasoning)
+    assert reward(text) == reward(text.replace("72\n</answer>", "70\n</answer>")) == share / 2
+    assert reward(text + "\n48 + 2 = 51") == share / 2  # what stands outside counts for nothing
+    assert reward(f"{reasoning}\n{perfect(reasoning='w')}") == reward(reasoning) == 0
+    assert reward(f"<think>{reasoning}</think>{perfect(reasoning='w')}") == 0
+    assert reward(text.replace("<reasoning>", "<reasoning><reasoning>")) == 0
 
 
 def test_examples_in_the_docstrings():
     assert doctest.testmod(rewards).failed == 0
 
 
-# ---- What holds for every recipe -----------------------------------------------------------------
-RECIPE_REWARDS = {
-    name: list(zip(recipe["reward_funcs"], recipe["reward_weights"]))
-    for name, recipe in RECIPES.items()
-}
-RECIPE_FORMATS = {name: recipe.get("format", "xml") for name, recipe in RECIPES.items()}
-
-
-def total(recipe: str, text: str, gold: str) -> float:
-    fmt = RECIPE_FORMATS[recipe]
-    return sum(weight * value(name, text, gold, fmt) for name, weight in RECIPE_REWARDS[recipe])
-
-
-WHOLE = "{0}\nw\n{1}\n{2}\n100\n{3}"
-TOTALS = [  # gold 100; qwen-3b, qwen-0.5b-fp32, small-models, smollm2-135m, cookbook
-    (WHOLE, 1.5, 3.5, 4.0, 3.5, 9.5, "right, perfect"),
-    ("{2}100{3}", 1.0, 2.25, 2.75, 2.75, 4.5, "right, answer block only"),
-    ("{0}w{1}{2}100{3}", 1.0, 3.0, 3.5, 3.0, 9.5, "right, tags not on their own lines"),
-    (WHOLE + " I hope it helps.", 1.0, 2.984, 3.484, 2.984, 6.5, "right, text after the end"),
-    (WHOLE.replace("100", "9"), 0.5, 1.5, 2.0, 1.5, 4.5, "far wrong, perfect format"),
-    (WHOLE.replace("100", "95"), 0.5, 1.5, 2.0, 1.5, 6.5, "5 % off, perfect format"),
-    (WHOLE + "\n{2}\n100\n{3}", 0.0, 0.25, 0.25, 0.25, -0.5, "two answer blocks"),
-    ("w, so it is 100.", 0.0, 0.0, 0.0, 0.0, -2.5, "no tags, the right number"),
-    (WHOLE.replace("w", ""), 1.0, 2.5, 3.0, 3.0, 6.5, "right, empty reasoning"),
-    ("{0}\nw\n{1}\n{2}\n100", 0.0, 0.375, 0.375, 0.375, 2.0, "right, answer not closed"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("row", TOTALS, ids=[row[-1] for row in TOTALS])
-def test_what_each_recipe_gives(row):
-    text, *totals, why = row
-    for (name, fmt), expected in zip(RECIPE_FORMATS.items(), totals):
-        assert total(name, text.format(*FORMATS[fmt].tags), "100") == pytest.approx(expected), name
-
-
-@pytest.mark.parametrize("gold", ["100", "2.5"])
-@pytest.mark.parametrize("name", RECIPES)
-def test_no_wrong_answer_in_perfect_format_beats_a_right_one(name, gold):
-    fmt = RECIPE_FORMATS[name]
-    r_open, r_close, a_open, a_close = FORMATS[fmt].tags
-    junk = ["", "x" * 500, r_open, r_close, r_open * 2, r_close * 2, r_close + r_open]
-    right = [f"{before}{a_open}{gold}{a_close}{after}"
-             for before, after in itertools.product(junk, junk)]
-    assert all(is_correct(text, gold, fmt=fmt) for text in right)
-    worst = min(total(name, text, gold) for text in right)
-    assert total(name, perfect("9", fmt=fmt), gold) <= worst
-    near = total(name, perfect(str(Decimal(gold) * 95 / 100), fmt=fmt), gold)
-    assert (near > worst) == (name == "cookbook")  # its near-miss credit, as that recipe states it
-
-
+# ---- What holds for every text -------------------------------------------------------------------
 PIECES = st.sampled_from([tag for fmt in FORMATS.values() for tag in fmt.tags] + [
-    "72", "70", "\n", " ", "####", "=", "$", "-", ",", ".", "\\boxed{", "1e9", "²", "text", "\x00"])
+    "72", "70", "\n", " ", "####", "=", "$", "-", ",", ".", "\\boxed{", "1e9", "²", "text", "\x00",
+    "<think>", "</think>", "48 / 2 = 24", ":00", "\\!", "{,}", "\udc80"])
 TEXT = st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=14).map("".join))
 FMT = st.sampled_from(list(FORMATS))
 
@@ -385,6 +536,8 @@ def test_never_raises_gives_one_finite_float_each_whatever_the_order(batch, gold
         assert is_correct(text, gold, mode="flexible", fmt=fmt) in (True, False)
         assert isinstance(extract_xml_answer(text), str)
         assert isinstance(extract_hash_answer(text), str | None)
+        assert text.endswith(after_thinking(text)) and vote([text], fmt)[1] in (0, 1)
+        assert (answer_fault(text, gold, fmt) is None) == is_correct(text, gold, fmt=fmt)
         for number in (parse_number(text), last_number(text)):
             assert number is None or number.is_finite()
 
@@ -400,7 +553,8 @@ def test_nothing_added_to_a_finished_completion_earns_more(extra, fmt, answer):
 
 
 SHAPES = [
-    WHOLE, "{0}w{1}", "{0}w", "{2}100{3}{0}w{1}", "{0}w{1}{2}100", "{0}w{2}100{3}", "w{2}1{3}",
+    "{0}\nw\n{1}\n{2}\n100\n{3}", "{0}w{1}",
+    "{0}w", "{2}100{3}{0}w{1}", "{0}w{1}{2}100", "{0}w{2}100{3}", "w{2}1{3}",
 ]  # fmt: skip
 
 
@@ -409,7 +563,7 @@ SHAPES = [
 def test_no_value_depends_on_the_reasonings_length(reasoning, shape, fmt):
     short, long = (shape.replace("w", working).format(*FORMATS[fmt].tags)
                    for working in ("a", f"a{reasoning}b"))
-    for name in REWARD_FUNCS:
+    for name in set(REWARD_FUNCS) - {"arithmetic_reward_func"}:  # it reads the reasoning
         assert value(name, long, "100", fmt) == value(name, short, "100", fmt), name
 
 
@@ -434,14 +588,9 @@ def check_golds(rows: list[dict]) -> None:
     worked = [re.sub(r"<<[^<>]*>>", "", row["answer"].rpartition("####")[0]) for row in rows]
     for fmt in FORMATS:
         texts = [perfect(gold, solution, fmt) for gold, solution in zip(golds, worked)]
-        for name, func in REWARD_FUNCS.items():
-            assert set(func([""] * len(rows), texts, answer=golds, fmt=fmt)) == {MAXIMUM[name]}
-
-
-def test_generated_golds():
-    from questions import generate_questions
-
-    check_golds(generate_questions(400) + generate_questions(100, split="test"))
+        for name in set(REWARD_FUNCS) - {"arithmetic_reward_func"}:  # golds use other numbers, too
+            values = REWARD_FUNCS[name]([""] * len(rows), texts, answer=golds, fmt=fmt)
+            assert set(values) == {MAXIMUM[name]}
 
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K's files are not beside this checkout")
@@ -461,10 +610,13 @@ HOSTILE = {
     "currency": "$", "words": "a ", "hyphens": "a-", "newlines": "\n", "spaces": " ",
     "no-break spaces": "\u00a0", "boxes": "\\boxed{", "backslashes": "\\", "braces": "{,}",
     "stars": "*", "hashes": "#", "emoji": "😀",
+    "thoughts": "<think></think>", "sums": "7+7=14 ", "sum list": "7 + 7 = 14, ", "pluses": "7+",
+    "LaTeX groups": "1{,}", "thin spaces": "1\\!", "hours": "1:00 ", "hour run": "1:00",
 }  # fmt: skip
 FUNCTIONS = {
     **{name: lambda text, name=name: value(name, text) for name in REWARD_FUNCS},
-    "explain": lambda text: explain(text, "72"), "parse_number": parse_number,
+    "answer_fault": lambda text: answer_fault(text, "72"), "parse_number": parse_number,
+    "after_thinking": after_thinking, "vote": lambda text: vote([text], "xml"),
     "gold": lambda text: is_correct(BLOCK("72"), text), "strict": lambda t: is_correct(t, "72"),
     "flexible": lambda text: is_correct(text, "72", mode="flexible"), "last_number": last_number,
     "extract_xml_answer": extract_xml_answer, "extract_hash_answer": extract_hash_answer,
@@ -492,12 +644,13 @@ def test_a_hostile_megabyte_costs_under_a_tenth_of_a_second(kind):
             assert fastest(lambda f=func, t=text: f(t), enough=0.1) < 0.1, name
 
 
-@pytest.mark.parametrize("kind", ["nested", "digits", "groups", "decimals", "hyphens", "spaces"])
+@pytest.mark.parametrize("kind", ["nested", "digits", "groups", "decimals", "hyphens", "spaces",
+                                  "sums", "LaTeX groups", "hour run"])
 def test_twice_the_text_costs_less_than_four_times_the_time(kind):
     half = HOSTILE[kind] * (500_000 // len(HOSTILE[kind]))
     for name, func in FUNCTIONS.items():
         for one, two in ((half, half * 2), (BLOCK(half), BLOCK(half * 2))):
-            limit = 4 * max(0.001, fastest(lambda f=func, t=one: f(t)))
+            limit = 4 * max(0.005, fastest(lambda f=func, t=one: f(t)))
             assert fastest(lambda f=func, t=two: f(t), 9, enough=limit) < limit, name
 
 
@@ -507,41 +660,78 @@ def test_import_is_quick_and_takes_the_standard_library_only():
             "print(*sorted(set(sys.modules) - before))")
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                            cwd=Path(__file__).parent).stdout.split("\n") for _ in range(5)]
-    assert min(float(run[0]) for run in runs) < 0.05
+    assert min(float(run[0]) for run in runs) < 0.15
     modules = {name.partition(".")[0] for name in runs[0][1].split()}
     assert modules - {"rewards"} <= set(sys.stdlib_module_names)
+
+
+# ---- The backend, chosen from plain values -------------------------------------------------------
+BOTH = {"unsloth", "vllm"}
+
+
+@pytest.mark.parametrize("wanted, vllm, gpu, packages, more, chosen", [
+    ("auto", "auto", True, BOTH, {}, ("unsloth", "colocate")),
+    ("auto", "auto", True, {"unsloth"}, {}, ("unsloth", "off")),
+    ("auto", "auto", True, {"vllm"}, {}, ("transformers", "colocate")),
+    ("auto", "auto", True, set(), {}, ("transformers", "off")),
+    ("auto", "auto", False, BOTH, {}, ("transformers", "off")),
+    ("auto", "off", True, BOTH, {}, ("unsloth", "off")),
+    ("auto", "server", True, BOTH, {}, ("transformers", "server")),
+    ("transformers", "auto", True, BOTH, {}, ("transformers", "colocate")),
+    ("unsloth", "auto", True, BOTH, {}, ("unsloth", "colocate")),
+    ("auto", "auto", True, BOTH, {"alone": False}, ("transformers", "colocate")),
+    ("auto", "auto", True, BOTH, {"lora": False}, ("transformers", "colocate")),
+])
+def test_the_backend_follows_from_what_is_there(wanted, vllm, gpu, packages, more, chosen):
+    *found, why = choose_backend(wanted, vllm, gpu, packages, **more)
+    assert tuple(found) == chosen and why
+
+
+@pytest.mark.parametrize("wanted, vllm, gpu, packages, more, says", [
+    ("unsloth", "auto", False, BOTH, {}, "--backend unsloth needs an NVIDIA GPU"),
+    ("unsloth", "auto", True, {"vllm"}, {}, "pip install -r requirements.txt"),
+    ("auto", "colocate", False, BOTH, {}, "--vllm colocate needs an NVIDIA GPU"),
+    ("auto", "colocate", True, {"unsloth"}, {}, "needs vllm: pip install"),
+    ("unsloth", "auto", True, BOTH, {"alone": False}, "on one GPU"),
+    ("unsloth", "server", True, BOTH, {}, "goes with --backend transformers"),
+])
+def test_a_backend_that_was_named_is_never_swapped(
+        wanted, vllm, gpu, packages, more, says, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        choose_backend(wanted, vllm, gpu, packages, **more)
+    assert says in one_error_line(capsys)
+
+
+def one_error_line(capsys) -> str:
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err[-1:] == "\n" and err[:-1].isprintable()
+    return err
+
+
+def test_errors_are_one_line_and_name_the_nearest_option(capsys):
+    parser = rewards.OneLineParser()
+    parser.add_argument("--steps", type=rewards.number(int, 1, below=9))
+    assert parser.parse_args(["--steps", "8"]).steps == 8
+    for typed, says in [(["--step=x", "1"], "8"), (["--setps", "1"], "did you mean --steps?"),
+                        (["--steps", "0"], "0 is not at least 1 and below 9"),
+                        (["--steps", "9"], "below 9"), (["--steps", "x"], "invalid int value")][1:]:
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args(typed)
+        assert says in one_error_line(capsys)
+    with pytest.raises(SystemExit, match="2"):
+        rewards.stop("a\x1b[31m\r\nb\udc80  c")
+    assert one_error_line(capsys) == "error: a [31m b c\n"
 
 
 # ---- Benchmark -----------------------------------------------------------------------------------
 def benchmark(n: int = 400) -> None:
     """Completions a second, on perfect, wrong, inline and unformatted completions in turn."""
-    from questions import generate_questions
-
-    rows = generate_questions(n)
-    golds = [extract_hash_answer(row["answer"]) for row in rows]
-    texts = {fmt: [] for fmt in FORMATS}
-    for i, (gold, row) in enumerate(zip(golds, rows)):
-        worked = f"{row['question']} Step by step:\n{row['answer'].rpartition('####')[0]}"
-        for fmt, made in texts.items():
-            whole, wrong = perfect(gold, worked, fmt), perfect("7", worked, fmt)
-            kinds = whole, wrong, whole.replace("\n", " "), f"{worked} So it is {gold}."
-            made.append(kinds[i % len(kinds)])
-    speeds = {}
     for name, func in REWARD_FUNCS.items():
-        made = texts[inspect.signature(func).parameters["fmt"].default]
-        speeds[name] = n / fastest(lambda f=func, t=made: f([""] * n, t, answer=golds), 5)
-    try:
-        from math_verify import parse, verify
-    except ImportError:
-        print("compared with math-verify where it is installed: pip install math-verify==0.9.0")
-    else:
-        speeds["math-verify (parse, verify)"] = n / fastest(lambda: [
-            verify(parse(gold), parse(text)) for gold, text in zip(golds, texts["xml"])])
-    print(f"{n} completions, {sum(map(len, texts['xml'])) // n} characters each on average")
-    slowest = speeds.get("math-verify (parse, verify)")
-    for name, speed in speeds.items():
-        ratio = f"{speed / slowest:10,.0f} x math-verify" if slowest else ""
-        print(f"{name:30}{speed:12,.0f} completions/s{ratio}")
+        fmt = inspect.signature(func).parameters["fmt"].default
+        whole, wrong = perfect(fmt=fmt), perfect("7", fmt=fmt)
+        texts = [whole, wrong, whole.replace("\n", " "), "48 + 24 is 72. So it is 72."] * (n // 4)
+        best = fastest(lambda f=func, t=texts: f([QUESTION] * n, t, answer=["72"] * n), 5)
+        print(f"{name:30}{n / best:12,.0f} completions/s")
 
 
 if __name__ == "__main__":

