@@ -82,8 +82,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 def newest_adapter() -> Path:
     found = [path.parent for path in Path("outputs").glob("*/*/adapter_config.json")
              if not path.parent.name.startswith(("checkpoint-", "."))]
-    last = [path for path in found if path.name != "warm_start_lora"]  # of a run that was broken off
-    return max(last or found, key=lambda path: path.stat().st_mtime, default=None) or stop(
+    whole = [path for path in found if path.name != "warm_start_lora"]  # that of a broken run
+    return max(whole or found, key=lambda path: path.stat().st_mtime, default=None) or stop(
         "no adapter under outputs/ yet: train one with `python reasoning_model_grpo.py`, or name "
         "one with --adapter DIR or --model NAME")
 
@@ -100,7 +100,7 @@ def training_script():
 def read_questions(args) -> list[str]:
     if args.question is not None:
         return [args.question.strip() or stop("the question is empty")]
-    if args.file is None and (sys.stdin is None or sys.stdin.isatty() or "ipykernel" in sys.modules):
+    if args.file is None and ("ipykernel" in sys.modules or sys.stdin.isatty()):
         stop('no question: python infer.py "How many ...?", or --file, or standard input')
     if args.file is None:
         rows = [{"question": line} for line in sys.stdin if line.strip()]
@@ -144,7 +144,8 @@ def choose_engine(wanted: str, gpu: bool, packages: set[str], many: bool, lora: 
     if not gpu and wanted != "unsloth":
         if "vllm" in packages and (many or wanted == "vllm"):
             return "vllm", "as asked" if wanted == "vllm" else "many questions, no GPU"
-        return "transformers", "no GPU: it starts sooner than vllm" if "vllm" in packages else "no GPU"
+        return "transformers", "one question, no GPU: it starts sooner" if "vllm" in packages else (
+            "no GPU")
     backend = {"unsloth": "unsloth", "vllm": "transformers"}.get(wanted, "auto")
     backend, mode, why = choose_backend(backend, "auto", gpu, packages, lora=lora)
     if mode == "off":
@@ -195,8 +196,9 @@ def with_vllm(args, base, tokenizer, dtype: str, room: int):
     lora = LoRARequest("adapter", 1, str(base.adapter)) if base.adapter else None
 
     def generate(texts, adapter=True, streamer=None):
+        request = lora if adapter else None
         return complete_with_vllm(engine.generate, SamplingParams, tokenizer, texts, args.room,
-                                  args.temperature, args.top_p, args.seed, lora if adapter else None)
+                                  args.temperature, args.top_p, args.seed, request)
 
     return generate
 
@@ -262,7 +264,7 @@ def load_engine(args, base, tokenizer, dtype: str, room: int, many: bool):
 
 
 def open_alone(args):
-    """(base, tokenizer, dtype) without the training script: the engines find the base themselves."""
+    """(base, tokenizer, dtype) without the training script: the engines find the base."""
     import torch
     from transformers import AutoTokenizer
 

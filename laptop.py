@@ -416,11 +416,11 @@ def merge_adapter(model, saved: Path) -> bool:
     unusual = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out",
                "lora_bias", "layer_replication", "use_qalora", "trainable_token_indices")
     file = saved / "adapter_model.safetensors"
-    if config.get("peft_type") != "LORA" or any(config.get(k) for k in unusual) or not file.is_file():
+    if config.get("peft_type") != "LORA" or any(config.get(name) for name in unusual):
         return False
     try:
         weights = load_file(file)
-    except Exception:  # not a safetensors file: PEFT says so
+    except Exception:  # no such file, or no safetensors: PEFT takes it or says why
         return False
     scale = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
     modules = {f"base_model.model.{name}": module for name, module in model.named_modules()
@@ -429,7 +429,7 @@ def merge_adapter(model, saved: Path) -> bool:
     pairs = {name: [weights.get(f"{name}.lora_{x}.weight") for x in "AB"] for name in names}
     fits = len(weights) == 2 * len(names) and all(
         a is not None and b is not None and name in modules
-        and modules[name].weight.shape == (b.shape[0], a.shape[1]) for name, (a, b) in pairs.items())
+        and modules[name].weight.shape == (len(b), a.shape[1]) for name, (a, b) in pairs.items())
     targets = config.get("target_modules")
     whole = isinstance(targets, list) and len(names) == sum(
         any(f".{name}".endswith(f".{target}") for target in targets) for name in modules)

@@ -497,8 +497,8 @@ def peak_memory_gb() -> float:
 
 
 # ---- Data: rows with "question", "answer" (the gold number), "solution" (worked, or None) --------
-def load_questions(args, train=None, test=None) -> tuple[list[dict], list[dict]]:
-    """The training questions and the held-out ones, which share none."""
+def load_questions(args, train=None, test=None) -> tuple[str, list[dict], list[dict]]:
+    """Where they are from, the training questions, and the held-out ones, which share none."""
     name = args.dataset
     if train is not None:
         name = "the rows given"
@@ -510,16 +510,16 @@ def load_questions(args, train=None, test=None) -> tuple[list[dict], list[dict]]
         if not train:
             print(f"questions: generated word problems, since the Hub can't be reached for {name}")
     if not train:
-        generate = need_laptop("generating questions").generate_questions
+        name, generate = "generated", need_laptop("generating questions").generate_questions
         train = generate(args.max_examples or 2000, args.seed)
         test = generate(1000, args.seed, "test")
     columns = args.question_column, args.answer_column
     train = to_questions(train, *columns, name, args.skip_bad)
     if args.eval_dataset:
-        name, (rows, held_out) = args.eval_dataset, read_data(Path(args.eval_dataset))
+        rows, held_out = read_data(Path(args.eval_dataset))
         columns = args.eval_question_column or columns[0], args.eval_answer_column or columns[1]
         test = held_out or rows
-    test = to_questions(test or [], *columns, name, args.skip_bad)
+    test = to_questions(test or [], *columns, args.eval_dataset or name, args.skip_bad)
     if not test:
         random.Random(args.seed).shuffle(train)
         cut = max(1, len(train) // 10)
@@ -528,7 +528,7 @@ def load_questions(args, train=None, test=None) -> tuple[list[dict], list[dict]]
     kept = [row for row in train if " ".join(row["question"].split()).casefold() not in same]
     if len(kept) < len(train):
         print(f"{len(train) - len(kept)} training questions left out: they are held out, too")
-    return kept[: args.max_examples], test
+    return name, kept[: args.max_examples], test
 
 
 def hub_rows(args, split: str, needed: bool) -> list[dict]:
@@ -1683,7 +1683,7 @@ def export(args, base: Base, model, tokenizer) -> None:
 
 
 # ---- The run -------------------------------------------------------------------------------------
-def show_plan(args, base: Base, parameters, train, test, limit, why, rewards, weights, run_dir):
+def show_plan(args, base, parameters, source, train, test, limit, why, rewards, weights, run_dir):
     import torch
 
     a_step, n = completions_a_step(args), args.num_generations
@@ -1699,7 +1699,7 @@ def show_plan(args, base: Base, parameters, train, test, limit, why, rewards, we
                  f"{', 4-bit' if args.load_in_4bit else ''}, {trained}",
         "device": f"{device}; backend {args.backend}, since {args.why}",
         "versions": ", ".join(f"{p} {v}" for p in ("torch", *TESTED) if (v := installed(p))),
-        "questions": f"{args.dataset}: {len(train)} to train on, {len(test)} held out",
+        "questions": f"{source}: {len(train)} to train on, {len(test)} held out",
         "steps": f"{args.max_steps} x {a_step // n} questions x {n} completions{warm}",
         "tokens": f"about {prompt:.0f} a prompt, at most {limit} a completion ({why})",
         "rewards": " + ".join(f"{w:g} {r.__name__}" for w, r in zip(weights, rewards)),
@@ -1803,7 +1803,7 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
         base = find_base(args.model, args.adapter, "model" in args.typed)
         parameters, context = check_model(args, base)
         tokenizer = load_tokenizer(base, args.chat_template)
-        train, test = load_questions(args, train, test)
+        source, train, test = load_questions(args, train, test)
     limit = completion_limit(args, tokenizer, train)
     if context and args.max_prompt_length + limit[0] > context:
         stop(f"--max-prompt-length {args.max_prompt_length} + --max-completion-length {limit[0]} "
@@ -1824,7 +1824,8 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
     for func in rewards:  # so that a faulty one is named before an hour is spent
         call_reward(func, train[:2], [row["solution"] or "1" for row in train[:2]])
     config = grpo_config(args, run_dir, limit, weights, bool(validation), newest(run_dir) is None)
-    show_plan(args, base, parameters, train, test, limit, limit_text, rewards, weights, run_dir)
+    show_plan(args, base, parameters, source, train, test, limit, limit_text, rewards, weights,
+              run_dir)
     if args.dry_run:
         return print(f"\nthe first prompt, {train[0]['tokens']} tokens:\n{train[0]['text']}\n"
                      f"[gold: {train[0]['answer']}]")
