@@ -9,6 +9,7 @@ from templates; a model is read, written and trained faster on a CPU. Nothing he
 
 import ctypes
 import hashlib
+import inspect
 import os
 import random
 import shutil
@@ -19,7 +20,7 @@ import time
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
-from functools import partial, partialmethod, wraps
+from functools import partial, partialmethod
 from pathlib import Path
 from types import MethodType
 from unittest.mock import patch
@@ -346,10 +347,12 @@ def speed_up(model):
     if model.config._attn_implementation == "grouped":  # families whose cache and head are plain
         forward = model.forward
 
-        @wraps(forward.__func__)  # a method still: TRL's SFTTrainer looks for one
         def sharing(model, *args, **inputs):
             return forward_sharing(model, forward, *args, **inputs)
 
+        # A method with the signature of the old one, for TRL and generate look for both; not by
+        # `wraps`, whose mark leads accelerate's unwrapping back to the old one.
+        sharing.__signature__ = inspect.signature(forward.__func__)
         model.forward = MethodType(sharing, model)
         model.generate = partial(generate_sharing, model, model.generate)
     model.generate = draw_by_inversion()(model.generate)
@@ -387,16 +390,13 @@ def speed_up_adapter(model):
     """The PEFT model, on a CPU writing with its adapter merged, and in its weights' bfloat16."""
     import torch
 
-    generate = model.generate
-
-    @wraps(generate)
     def generate_merged(*args, **options):
         half = model.dtype == torch.bfloat16  # the adapter's own float32 would cost a quarter more
-        with merged(model) as whole, torch.autocast("cpu", torch.bfloat16, half and not whole):
+        with merged(model) as whole, torch.autocast("cpu", enabled=half and not whole):
             return generate(*args, **options)
 
     if model.device.type == "cpu":
-        model.generate = generate_merged
+        generate, model.generate = model.generate, generate_merged
     return model
 
 

