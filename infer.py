@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 from rewards import (
     FORMATS, OneLineParser, answer_block, build_prompt, choose_backend, complete_with_vllm,
-    fold_system, number, refuses_system, render_prompts, stop, vote,
+    fold_system, number, printable, refuses_system, render_prompts, stop, vote,
 )
 
 CHUNK = 64  # questions answered before they are shown and written
@@ -175,8 +175,6 @@ def with_vllm(args, base, tokenizer, dtype: str, room: int):
     import torch
 
     options = {"dtype": dtype, "max_model_len": room, "use_tqdm_on_load": False}
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would stand between the answers
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     if base.adapter:
         options |= {"enable_lora": True, "max_lora_rank": lora_rank(base.adapter)}
     if not torch.cuda.is_available():
@@ -248,10 +246,15 @@ def load_engine(args, base, tokenizer, dtype: str, room: int, many: bool):
             stop(f"--engine unsloth can't load {base.name}; leave it out")
         packages.discard("unsloth")
     name, why = choose_engine(wanted, gpu, packages, many, base.adapter is not None)
+    if dtype != "float16" and gpu and torch.cuda.get_device_capability()[0] < 8:
+        dtype = "float32" if name == "transformers" else "float16"  # T4, V100 emulate bfloat16
     what = f"adapter {base.adapter} on {base.name}" if base.adapter else base.name
     asked = "" if base.run else "; no args.json beside it, so asked in the xml format"
     print(f"{what}; engine {name} ({why}) on {'cuda' if gpu else 'cpu'}, {dtype}{asked}",
           file=sys.stderr, flush=True)
+    # vLLM's log would stand between the answers.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     try:
         with redirect_stdout(sys.stderr):  # banners
             return ENGINES[name](args, base, tokenizer, dtype, room)
@@ -265,7 +268,6 @@ def load_engine(args, base, tokenizer, dtype: str, room: int, many: bool):
 
 def open_alone(args):
     """(base, tokenizer, dtype) without the training script: the engines find the base."""
-    import torch
     from transformers import AutoTokenizer
 
     place = Path(args.adapter) if args.adapter else None
@@ -278,10 +280,8 @@ def open_alone(args):
         if (place / "args.json").is_file():
             run = json.loads((place / "args.json").read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(str(place or path), padding_side="left")
-    old = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8
-    dtype = args.dtype or run.get("dtype", "bfloat16")
     base = SimpleNamespace(path=path, name=path, adapter=place, run=run)
-    return base, tokenizer, "float16" if old and dtype == "bfloat16" else dtype
+    return base, tokenizer, args.dtype or run.get("dtype", "bfloat16")
 
 
 # ---- Asking --------------------------------------------------------------------------------------
@@ -322,11 +322,6 @@ def show(row: dict, many: bool) -> None:
     table.add_row(*(printable(side["reasoning"]) for side in sides))
     table.add_row(*map(answer_line, sides))
     Console(markup=False).print(table)
-
-
-def printable(text: str) -> str:
-    """Without control characters: a model's text must not steer the terminal."""
-    return "".join(c for c in text if c.isprintable() or c in "\n\t")
 
 
 def answer_line(row: dict) -> str:
@@ -408,7 +403,7 @@ def main(argv: list[str] | None = None) -> None:
         script.quiet_libraries()
         base = script.find_base(args.model, args.adapter, args.model is not None)
         tokenizer = script.load_tokenizer(base, base.run.get("chat_template", "own"))
-        dtype = script.choose_dtype(args.dtype or base.run.get("dtype", "auto"))
+        dtype = script.choose_dtype(args.dtype or base.run.get("dtype", "auto"), "unsloth")
     else:
         base, tokenizer, dtype = open_alone(args)
     import torch  # its own seed: transformers' set_seed imports peft, which takes seconds

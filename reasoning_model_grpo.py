@@ -50,7 +50,8 @@ from typing import NamedTuple
 from rewards import (
     FORMATS, REWARD_FUNCS, Completion, OneLineParser, answer_fault, build_prompt, choose_backend,
     complete_with_vllm, completion_text, did_you_mean, extract_hash_answer, fold_system,
-    format_fault, is_correct, number, parse_number, refuses_system, render_prompts, stop, vote,
+    format_fault, is_correct, number, parse_number, printable, refuses_system, render_prompts, stop,
+    vote,
 )
 
 GSM8K = "openai/gsm8k"
@@ -243,7 +244,7 @@ def parse_options(argv: list[str] | None, description: str = __doc__) -> argpars
         preset = memory_preset(gigabytes, vars(args), four_bit=backend == "unsloth")
         parser.set_defaults(**preset)
         args = parser.parse_args(argv)
-        if changed := {name: v for name, v in preset.items() if name not in typed}:
+        if changed := {name: v for name, v in preset.items() if v and name not in typed}:
             print(f"for a GPU of {gigabytes:.0f} GB: {changed}; what you type is kept")
     if backend == "transformers" and args.load_in_4bit and vllm != "off":
         if "vllm" in typed:
@@ -283,9 +284,14 @@ def memory_preset(gigabytes: float, recipe: dict, four_bit: bool) -> dict:
 
     `four_bit`: packed weights may be taken; sent through TRL, vLLM could not follow them.
     """
+    changed = {}
+    if not four_bit and gigabytes < 17 and recipe["batch_size"] > 4:  # TRL keeps several logits
+        more = recipe["gradient_accumulation_steps"]
+        changed = {"batch_size": 4, "gradient_accumulation_steps":
+                   more and math.ceil(more * recipe["batch_size"] / 4)}
     packed, *bounds = PRESETS[max((n for n in PRESETS if n <= gigabytes * 1.1), default=6)]
     names = ("num_generations", "max_prompt_length", "max_completion_length")
-    changed = {name: bound for name, bound in zip(names, bounds) if (recipe[name] or 0) > bound}
+    changed |= {name: bound for name, bound in zip(names, bounds) if (recipe[name] or 0) > bound}
     if four_bit and not recipe["full_finetune"] and recipe["load_in_4bit"] != packed:
         changed["load_in_4bit"] = packed
     return changed
@@ -1219,7 +1225,7 @@ def complete(model, tokenizer, texts: list[str], *, max_tokens: int, temperature
         request = model.load_lora(str(adapter)) if adapter else None
         done = complete_with_vllm(model.fast_generate, SamplingParams, tokenizer, texts, max_tokens,
                                   temperature, top_p, seed, request)
-        sleep(model)
+        give_memory_back(model)
         return done
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
     order = sorted(range(len(texts)), key=lambda i: -lengths[i])
@@ -1257,14 +1263,19 @@ def complete(model, tokenizer, texts: list[str], *, max_tokens: int, temperature
     for start in track(range(0, len(order), batch_size), label, disable=not label):
         complete_batch(order[start : start + batch_size])
     model.train(was_training)
+    give_memory_back(model)
     return done
 
 
-def sleep(model) -> None:
-    """Let Unsloth's engine give its memory to training; it wakes by itself when it is asked."""
+def give_memory_back(model) -> None:
+    """What Unsloth keeps for writing, to training: the engine sleeps and wakes by itself when it is
+    asked, and its generate leaves buffers for the cache on every layer."""
     engine = getattr(model, "vllm_engine", None)
     if engine and engine.llm_engine.vllm_config.model_config.enable_sleep_mode:
         engine.sleep(1)
+    for module in model.modules():
+        for name in [name for name in vars(module) if name.startswith("paged_attention")]:
+            delattr(module, name)
 
 
 def evaluate(model, tokenizer, rows: list[dict], fmt: str, path: Path, samples: int = 1, **how):
@@ -1404,10 +1415,11 @@ def sample_rollouts(args, model, tokenizer, rewards, weights, rows, limit, run_d
     table = Table("completion", "gold", "earns", "why not more", show_lines=True,
                   title="A few rollouts before training, and what they earn")
     for i in range(0, min(2 * n, len(tried)), n):
-        gold = tried[i]["answer"]
-        faults = answer_fault(texts[i], gold, args.format), format_fault(texts[i], args.format)
+        text, gold = texts[i], tried[i]["answer"]
+        faults = filter(None, (answer_fault(text, gold, args.format),
+                               format_fault(text, args.format)))
         earned = [f"{value[i]:g} {name}" for name, value in values.items() if value[i] is not None]
-        table.add_row(texts[i][:300], gold, "\n".join(earned), "\n".join(filter(None, faults)))
+        table.add_row(printable(text[:300]), gold, "\n".join(earned), "\n".join(faults))
     Console(markup=False).print(table)
     earned = [sum(w * (value or 0) for w, value in zip(weights, column))
               for column in zip(*values.values())]
@@ -1739,7 +1751,7 @@ def finish(args, run_dir: Path, saved: Path, rows, begun: float) -> None:
         print(f"\nquestion: {old['question']} (gold: {old['gold']})")
         for name, row in (("before", old), ("after", new)):
             mark = "right" if row["strict"] else "wrong"
-            print(f"--- {name} ({mark})\n{row['completion'].strip()}")
+            print(f"--- {name} ({mark})\n{printable(row['completion'].strip())}")
     print(f"\n{(time.time() - begun) / 60:.1f} minutes, peak memory {peak_memory_gb():.1f} GB. In "
           f"{run_dir}: {saved.name}/, progress.png, completions.html, evaluation.json")
     flag = "--model" if args.full_finetune else "--adapter"
@@ -1873,7 +1885,7 @@ def run_phases(args, base: Base, together, tokenizer, rewards, train, validation
     model = None
     if args.backend == "unsloth":
         model = load_unsloth(args, str(start or base.path), limit, tokenizer)
-        sleep(model)
+        give_memory_back(model)
     where = args, base, tokenizer, test, run_dir, limit
     measure("before", None, model, *where)
     if to_warm and not warm.is_dir():
@@ -1884,6 +1896,7 @@ def run_phases(args, base: Base, together, tokenizer, rewards, train, validation
         del policy
         gc.collect()
         torch.cuda.empty_cache()
+        shutil.rmtree(run_dir / "warm_start", ignore_errors=True)  # its checkpoints
     together.wait_for_everyone()
     start = warm if to_warm else base.adapter
     if start:

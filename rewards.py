@@ -413,62 +413,22 @@ def check_numbers_extraction(prompts, completions, answer=(), fmt="cookbook", **
     return values
 
 
-# Runs of numbers and operators, whole: a part of "1 + 2 + 3 = 6" or "y * 2 + 3 = 9" is none.
-_RUN = re.compile(r"(?<![\w)] [-+*/x×] )(?<![-+*/×^.\w])"
-                  r"\$?[0-9](?:[-+*/x×=$0-9 ]|[.,](?=[0-9]))*+")  # fmt: skip
-_VALUE = r"\$?([0-9]{1,15}(?:,[0-9]{3})*(?:\.[0-9]{1,9})?)"
-_EQUATION = re.compile(rf"{_VALUE} *([-+*/x×]) *{_VALUE} *= *(-?){_VALUE} *")
-_WORDS = {"half": 2, "twice": 2, "double": 2, "dozen": 12, "two": 2, "three": 3, "four": 4,
-          "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}  # fmt: skip
-
-
-def _equations(working: str, question: str) -> dict[tuple, bool]:
-    """Each different equation `a op b = c` of a working, and whether it holds and belongs there."""
-    known = {Decimal(n.replace(",", "")) for n in re.findall(_VALUE, question[-20_000:])}
-    known |= {_WORDS[word] for word in re.findall("[a-z]+", question.lower()) if word in _WORDS}
-    written = {}
-    for found in filter(None, map(_EQUATION.fullmatch, _RUN.findall(working[:20_000]))):
-        a, op, b, minus, c = found.groups()
-        a, b, c = (Decimal(n.replace(",", "")) for n in (a, b, minus + c))
-        op = "*" if op in "x×" else op
-        if 0 in (a, b) or (op in "*/" and 1 in (a, b)) or (op in "-/" and a == b):
-            continue  # n + 0, n * 1, n - n and n / n are always at hand, and calculate nothing
-        holds = {"+": _EXACT.add(a, b) == c, "-": _EXACT.subtract(a, b) == c,
-                 "*": _EXACT.multiply(a, b) == c, "/": _EXACT.multiply(b, c) == a}[op]  # fmt: skip
-        equation = (op, *((min(a, b), max(a, b)) if op in "+*" else (a, b)), c)
-        written[equation] = written.get(equation, False) or holds and {a, b} <= known
-        known |= {c} if holds and {a, b} & known else set()
-    return written
-
-
-def arithmetic_reward_func(prompts, completions, fmt="xml", **kwargs) -> list[float]:
-    """0.5 times the share of the equations `a op b = c` in the reasoning block that hold; no gold.
-
-    An equation holds where it is exact and its numbers stand in the question (the prompt's last
-    user message) or are results of earlier ones that hold. Repeated ones count once, `5 = 5` and
-    `5 * 1 = 5` not at all. It pays for calculating rightly, whatever is calculated: one easy sum
-    is enough, so its weight belongs well below that of the right answer. In no recipe.
-    """
-    values = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        working = _between(after_thinking(completion_text(completion)), *FORMATS[fmt].tags[:2])
-        held = _equations(working or "", completion_text(prompt, "user")).values()
-        values.append(0.5 * sum(held) / max(1, len(held)))
-    return values
-
-
 REWARD_FUNCS = {func.__name__: func for func in (
     correctness_reward_func, int_reward_func, strict_format_reward_func, soft_format_reward_func,
     xmlcount_reward_func, match_format_exactly, match_format_approximately,
-    check_answer_correctness, check_numbers_extraction, arithmetic_reward_func,
+    check_answer_correctness, check_numbers_extraction,
 )}  # fmt: skip
 
 
 # ---- What the scripts share: one-line errors, options, the choice of the backend -----------------
+def printable(text: str) -> str:
+    """Without control characters: a model's or a file's text must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)
+
+
 def stop(message: str) -> NoReturn:
     """End in one line that says what is wrong and what to type instead; exit code 2."""
-    plain = "".join(c if c.isprintable() else " " for c in str(message))
-    print(f"error: {' '.join(plain.split())}", file=sys.stderr, flush=True)
+    print(f"error: {' '.join(printable(str(message)).split())}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

@@ -31,7 +31,7 @@ MAXIMUM = {
     "correctness_reward_func": 1.0, "int_reward_func": 0.5, "strict_format_reward_func": 0.5,
     "soft_format_reward_func": 0.5, "xmlcount_reward_func": 0.5, "match_format_exactly": 3.0,
     "match_format_approximately": 2.0, "check_answer_correctness": 3.0,
-    "check_numbers_extraction": 1.5, "arithmetic_reward_func": 0.5,
+    "check_numbers_extraction": 1.5,
 }
 QUESTION = "Natalia sold 48 clips in April, and half as many in May. How many in all?"
 
@@ -471,39 +471,6 @@ def test_the_prompt_names_the_tags_that_are_rewarded(fmt):
     assert sorted(tags, key=prompt.index) == list(tags)
 
 
-EQUATIONS = [  # reasoning, share that holds, why; the question's numbers are 48, 2 (half) and 10
-    ("48 / 2 = 24\n48 + 24 = 72", 1, "all hold"), ("48 / 2 = 24, 48 + 24 = 70", 0.5, "one of two"),
-    ("- $48 / 2 = $24.\n* 24 x 10 = 240", 1, "bullets and money"), ("24×2=48", 0, "24 is unknown"),
-    ("48 / 2 = 24 and 24×2=48", 1, "24 is an earlier result"), ("no sum", 0, "none"),
-    ("48 = 48", 0, "no operation"), ("48 / 48 = 1, 48 - 48 = 0", 0, "always true"),
-    ("48 + 0 = 48, 48 * 1 = 48", 0, "always true"), ("1 + 1 = 2", 0, "not of this question"),
-    ("48 + 7 = 55", 0, "7 is not of this question"), ("1 + 1 = 2, 2 + 2 = 4", 0.5, "2 is, as half"),
-    ("3 + 3 = 6, 6 + 6 = 12, 12 + 6 = 18", 0, "what nothing ties to the question ties nothing"),
-    ("48 / 2 = 24, " * 9 + "48 + 2 = 51", 0.5, "repeated ones count once"),
-    ("48 + 2 = 50, 2 + 48 = 50, 48 - 2 = 45", 0.5, "turned round they are the same"),
-    ("48 + 2 = 50, 48 + 2 = 51, 48 + 2 = 52, 48 + 2 = 49", 0.25, "guesses share one truth"),
-    ("48 / 10 = 4.8", 1, "a decimal"), ("10 / 48 = 0.21", 0, "rounded is not exact"),
-    ("2 - 10 = -8", 1, "a negative result"), ("48 * 10 = 4,80", 0, "malformed"),
-    ("48 + 2 + 10 = 12", 0, "no part of a longer one"), ("y * 10 + 2 = 12", 0, "nor its end"),
-    ("48 + 2 = 50 - 10 = 40", 0, "nor of a chain"), ("48" + "0" * 99 + " + 2 = 3", 0, "too long"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("reasoning, share, why", EQUATIONS, ids=[row[-1] for row in EQUATIONS])
-def test_the_arithmetic_reward_is_the_share_of_equations_that_hold(reasoning, share, why):
-    question = [{"role": "user", "content": "1 + 7?"}, {"role": "assistant", "content": "3"},
-                {"role": "user", "content": "48 clips, half of them red, 10 boxes"}]
-    def reward(text):
-        return REWARD_FUNCS["arithmetic_reward_func"]([question], [text])[0]
-
-    text = perfect(reasoning=reasoning)
-    assert reward(text) == reward(text.replace("72\n</answer>", "70\n</answer>")) == share / 2
-    assert reward(text + "\n48 + 2 = 51") == share / 2  # what stands outside counts for nothing
-    assert reward(f"{reasoning}\n{perfect(reasoning='w')}") == reward(reasoning) == 0
-    assert reward(f"<think>{reasoning}</think>{perfect(reasoning='w')}") == 0
-    assert reward(text.replace("<reasoning>", "<reasoning><reasoning>")) == 0
-
-
 def test_examples_in_the_docstrings():
     assert doctest.testmod(rewards).failed == 0
 
@@ -563,7 +530,7 @@ SHAPES = [
 def test_no_value_depends_on_the_reasonings_length(reasoning, shape, fmt):
     short, long = (shape.replace("w", working).format(*FORMATS[fmt].tags)
                    for working in ("a", f"a{reasoning}b"))
-    for name in set(REWARD_FUNCS) - {"arithmetic_reward_func"}:  # it reads the reasoning
+    for name in REWARD_FUNCS:
         assert value(name, long, "100", fmt) == value(name, short, "100", fmt), name
 
 
@@ -588,7 +555,7 @@ def check_golds(rows: list[dict]) -> None:
     worked = [re.sub(r"<<[^<>]*>>", "", row["answer"].rpartition("####")[0]) for row in rows]
     for fmt in FORMATS:
         texts = [perfect(gold, solution, fmt) for gold, solution in zip(golds, worked)]
-        for name in set(REWARD_FUNCS) - {"arithmetic_reward_func"}:  # golds use other numbers, too
+        for name in REWARD_FUNCS:
             values = REWARD_FUNCS[name]([""] * len(rows), texts, answer=golds, fmt=fmt)
             assert set(values) == {MAXIMUM[name]}
 
