@@ -340,6 +340,7 @@ def forward_sharing(model, forward, *args, **inputs):
 
 def speed_up(model):
     """The model, just loaded; what it generates and learns stays the same."""
+    keep_freed_memory()
     # The hidden states cut to the completion are no contiguous block, and for such the CPU copies
     # the vocabulary matrix once a sequence: a third of a training step.
     model.get_output_embeddings().register_forward_pre_hook(
@@ -436,6 +437,5 @@ def merge_adapter(model, saved: Path) -> bool:
     if not (fits and whole and any(b.any() for _, b in pairs.values())):
         return False
     for name, (a, b) in pairs.items():
-        weight = modules[name].weight.data
-        weight += ((b.float() @ a.float()) * scale).to(weight.dtype)
+        modules[name].weight.data += (b.float() @ a.float()) * scale  # rounds once, as PEFT does
     return True
