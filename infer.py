@@ -66,6 +66,10 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         stop("--resume goes with --jsonl FILE, whose answers it goes on with")
     if args.jsonl and args.jsonl.exists() and not args.resume:
         stop(f"{args.jsonl} exists: --resume goes on with it, or name another file")
+    if args.jsonl and not os.access(args.jsonl.resolve().parent, os.W_OK | os.X_OK):
+        stop(f"{args.jsonl} can't be written; name another file")
+    if args.top_p > 1:
+        stop(f"--top-p {args.top_p} is not at most 1")
     if args.samples > 1 and args.temperature == 0:
         stop("--samples of --temperature 0 would all be the same; leave out --temperature")
     if args.chat and args.engine in ("vllm", "unsloth"):
@@ -413,7 +417,10 @@ def main(argv: list[str] | None = None) -> None:
     run, questions = base.run, questions[done:]
     args.room = args.max_tokens or run.get("max_completion_length", 512)
     texts = [render(question, run, tokenizer) for question in questions]
-    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    if refuses_system(tokenizer, run.get("chat_template_kwargs", {})):
+        print("this chat template takes no system text: it goes before the first question",
+              file=sys.stderr)
     limit = getattr(AutoConfig.from_pretrained(base.path), "max_position_embeddings", None)
     for question, length in zip(questions, lengths):
         if limit and length + args.room > limit:

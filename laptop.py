@@ -430,7 +430,8 @@ def merge_adapter(model, saved: Path) -> bool:
     pairs = {name: [weights.get(f"{name}.lora_{x}.weight") for x in "AB"] for name in names}
     fits = len(weights) == 2 * len(names) and all(
         a is not None and b is not None and name in modules
-        and modules[name].weight.shape == (len(b), a.shape[1]) for name, (a, b) in pairs.items())
+        and modules[name].weight.shape == (len(b), a.shape[1]) and len(a) == config["r"]
+        for name, (a, b) in pairs.items())
     targets = config.get("target_modules")
     whole = isinstance(targets, list) and len(names) == sum(
         any(f".{name}".endswith(f".{target}") for target in targets) for name in modules)

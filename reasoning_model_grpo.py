@@ -233,7 +233,7 @@ def parse_options(argv: list[str] | None, description: str = __doc__) -> argpars
             "format", "chat_template", "chat_template_kwargs", "max_completion_length", "dtype",
             "load_in_4bit", "few_shot")
         parser.set_defaults(warm_start=0, **{k: options[k] for k in kept if k in options})
-    parser.set_defaults(**was.get("options", {}), resume=given.resume)
+    parser.set_defaults(**was.get("options", {}))
     args = parser.parse_args(argv)
     packages = {name for name in ("unsloth", "vllm") if installed(name)}
     capable = bool(gpu()) or os.environ.get("UNSLOTH_FORCE_CPU") == "1"  # Unsloth's own switch
@@ -335,12 +335,11 @@ def read_config(path: str) -> list[str]:
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig")) or {}
         argv = []
         for name, value in options.items():
-            name = f"--{name}".replace("_", "-")
-            values = value if isinstance(value, list) else [value]
-            values = [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]
-            no = value is False
-            argv += [name.replace("--", "--no-", 1) if no else name, *values][: 1 if no else None]
-            argv = argv[:-1] if value is True else argv
+            name = str(name).replace("_", "-")
+            argv.append(f"--no-{name}" if value is False else f"--{name}")
+            if not isinstance(value, bool):
+                values = value if isinstance(value, list) else [value]
+                argv += [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]
         return argv
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as problem:
         stop(f"--config {path} is no table of `option: value` lines: {problem}")
@@ -411,7 +410,7 @@ def choose_dtype(wanted: str, backend: str = "transformers") -> str:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if wanted not in ("auto", "bfloat16") or wanted == "bfloat16" and not gpu():
         return wanted
-    return "bfloat16" if native else "float16" if backend == "unsloth" else "float32"
+    return "bfloat16" if native else "float16" if backend == "unsloth" and gpu() else "float32"
 
 
 def choose_attention(path: str) -> str | None:
@@ -562,7 +561,7 @@ def read_data(path: Path) -> tuple[list[dict], list[dict]]:
         parts = data if isinstance(data, dict) else {"train": data}
         return list(parts.get("train") or next(iter(parts.values()))), list(parts.get("test", []))
     except Exception as problem:  # whatever a broken file makes a library raise
-        stop(f"{path} can't be read: {' '.join(str(problem).split()[:40]) or problem!r}")
+        stop(f"{path} can't be read: {' '.join(str(problem).split()[:40]) or repr(problem)}")
 
 
 def read_file(path: Path) -> list[dict]:
@@ -580,7 +579,7 @@ def read_file(path: Path) -> list[dict]:
         elif kind == ".txt":
             rows = [{"question": line.strip()} for line in file if line.strip()]
         elif kind in (".json", ".jsonl"):
-            rows = read_json(file.read())
+            rows = read_json(file.read(), one_a_line=kind == ".jsonl")
         else:
             raise ValueError(".jsonl .json .csv .tsv .parquet .txt are read, also .gz")
     for i, row in enumerate(rows, 1):
@@ -589,13 +588,16 @@ def read_file(path: Path) -> list[dict]:
     return rows or stop(f"{path} holds no rows: give one object a question")
 
 
-def read_json(text: str) -> list:
+def read_json(text: str, one_a_line: bool) -> list:
     """An array, {"data": [...]}, or a value a line; numbers keep the digits of the file."""
+    whole = None
     with suppress(ValueError):
         whole = json.loads(text, parse_float=Decimal)
-        arrays = [v for v in (whole.values() if isinstance(whole, dict) else [whole])
-                  if isinstance(v, list) and v and isinstance(v[0], dict)]
-        return arrays[0] if len(arrays) == 1 else whole if isinstance(whole, list) else [whole]
+    if isinstance(whole, list):
+        return whole
+    if isinstance(whole, dict) and not one_a_line:
+        arrays = [value for value in whole.values() if isinstance(value, list)]
+        return arrays[0] if len(arrays) == 1 else [whole]
     rows = []
     for i, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028
         try:
@@ -674,6 +676,8 @@ def add_prompts(questions, shots, args, tokenizer, label: str) -> list[dict]:
     prompts = [build_prompt(question["question"], args.format, shots) for question in questions]
     if refuses_system(tokenizer, args.chat_template_kwargs):
         prompts = [fold_system(prompt) for prompt in prompts]
+        if label == "training":
+            print("this chat template takes no system text: it goes before the first question")
     texts = render_prompts(tokenizer, prompts, args.chat_template_kwargs)
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
     kept = [question | {"prompt": prompt, "text": text, "tokens": length}
@@ -1205,7 +1209,8 @@ def step_of(checkpoint: Path | None) -> int:
 # ---- Measuring -----------------------------------------------------------------------------------
 METRICS = {"strict": "strict accuracy", "flexible": "flexible accuracy",  # 0/1 columns of the rows
            "format": "strict format", "truncated": "truncated"}
-STAGES = {"before": "before", "warm_start": "after warm start", "after": "after GRPO"}
+STAGES = {"before": "before", "adapter": "with the adapter given", "warm_start": "after warm start",
+          "after": "after GRPO"}
 
 
 def complete(model, tokenizer, texts: list[str], *, max_tokens: int, temperature: float = 0.0,
@@ -1453,7 +1458,7 @@ def draw(run_dir: Path, stages: dict[str, list[dict]]) -> None:
     rows = [row for row in read_jsonl(run_dir / "metrics.jsonl") if "reward" in row]
     if rows:
         log = pandas.DataFrame(rows).set_index("step")
-        means = log.filter(regex="^rewards/.*/mean$")
+        means = log.filter(regex="^rewards/.*/mean$").astype(float)
         most = means.abs().max().replace(0, 1)
         labels = [f"{name.split('/')[1].removesuffix('_reward_func')} (of {most[name]:.2g})"
                   for name in means]
@@ -1638,7 +1643,8 @@ def run_record(args, base: Base, shots, limit: int) -> dict:
         git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"],
                              capture_output=True, text=True).stdout.strip() or None
     known = {name: have for name in ("torch", *TESTED) if (have := installed(name))}
-    options = {name: value for name, value in vars(args).items() if name not in ("typed", "why")}
+    once = ("typed", "why", "resume", "config", "dry_run", "export", "hub_id", "output_dir")
+    options = {name: value for name, value in vars(args).items() if name not in once}
     return {"recipe": args.recipe, "seed": args.seed, "base_model": base.name, "dtype": args.dtype,
             "format": args.format, "shots": shots, "chat_template": args.chat_template,
             "chat_template_kwargs": args.chat_template_kwargs, "max_completion_length": limit,
@@ -1900,7 +1906,7 @@ def run_phases(args, base: Base, together, tokenizer, rewards, train, validation
     together.wait_for_everyone()
     start = warm if to_warm else base.adapter
     if start:
-        measure("warm_start", start, model, *where)
+        measure("warm_start" if to_warm else "adapter", start, model, *where)
     trainer, interrupted = None, False
     if read_run(saved).get("steps", 0) < args.max_steps:
         trainer, interrupted = grpo_phase(args, model, base, start, tokenizer, rewards, train,
