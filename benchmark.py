@@ -1,94 +1,226 @@
-"""How fast infer.py answers, beside plain transformers: one table, measured in one run.
+"""How long a training step and an answer take, each beside the stock way: two tables and a JSON.
 
-    python benchmark.py                # the newest adapter under outputs/, 64 questions
-    python benchmark.py --model DIR --questions 16
+    python benchmark.py                       # the newest adapter under outputs/ answers, if any
+    python benchmark.py --completion-length 53 160 320 --skip-answers
 
-First answer: seconds from the command to its end for one question, the median of three after one
-that is not counted (it merges the adapter, once); the bare minimum imports torch and transformers
-and loads the weights. The pipeline is transformers' own, as one would first try.
+A step: TRL's GRPOTrainer with its defaults, with its best flags, and this suite's, in turn, each in
+a process of its own; same model, rows, rewards, adapter and seed, every completion of full length.
+Medians; a process's first step is not counted. First answer: seconds from command to end, median of
+three after one not counted; the bare minimum imports torch and transformers and loads the weights.
 """
 
 import argparse
 import importlib.util
+import io
+import itertools
+import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr, suppress
+from multiprocessing import get_context
 from pathlib import Path
 
 import infer
-from engines import Sampling, load_engine
-from models import build_prompt, choose_dtype, find_trained, load_tokenizer, quiet_libraries
-from options import OneLineParser, number
-from questions import generate_questions
+import laptop
+import reasoning_model_grpo as script
+from rewards import OneLineParser, number, stop
 
-BARE = "import torch, transformers as t; t.AutoModelForCausalLM.from_pretrained({!r}, dtype={!r})"
+DEFAULTS, BEST, SUITE = "TRL, defaults", "TRL, best flags", "this suite"
+BARE = "import torch, transformers as t; t.AutoModelForCausalLM.from_pretrained({!r}, dtype='auto')"
+SAME = ("output_dir", "use_cpu", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "num_generations", "max_completion_length", "generation_kwargs", "max_steps", "seed",
+        "learning_rate", "report_to", "disable_tqdm", "logging_steps")  # of GRPOConfig
 
 
-def seconds(command: list[str]) -> float:
+def in_child(what: str, function, *given):
+    """The function's result from a fresh process, whose peak memory is its own."""
+    print(f"measuring {what}", file=sys.stderr, flush=True)
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn"), script.quiet_libraries) as pool:
+            return pool.submit(function, *given).result()
+    except BrokenProcessPool:
+        stop(f"{what}: its process was killed; is the memory too small?")
+
+
+def train(way: str, length: int, args, path: str) -> list[dict]:
+    """A row for each step but the first."""
+    import torch
+    from peft import LoraConfig
+    from transformers import PrinterCallback, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    batch, group = ("4", "4") if args.small else ("16", "8")
+    options = script.parse_options([
+        "--recipe", "smollm2-135m", "--model", path, "--backend", "transformers", "--vllm", "off",
+        "--reward-funcs", "correctness_reward_func", "strict_format_reward_func", "--batch-size",
+        batch, "--num-generations", group, "--max-prompt-length", "1000", "--eval-steps", "0",
+        "--max-steps", f"{args.steps + 1}", "--set", f'generation_kwargs={{"min_new_tokens":{length}}}'])
+    base = script.find_base(path, None, True)
+    tokenizer = script.load_tokenizer(base)
+    rows = script.to_questions(laptop.generate_questions(200), ["question"], "answer", "generated")
+    rows = script.add_prompts(rows, (), options, tokenizer, "training")
+    work = tempfile.TemporaryDirectory(prefix="benchmark-")
+    config, lora = script.grpo_config(options, Path(work.name), length, [1.0, 1.0]), None
+    if way == SUITE:
+        model = script.load_policy(options, base, None)
+    else:
+        attention = "sdpa" if script.gpu() else "eager"  # which decodes faster
+        flags = {"gradient_checkpointing": False, "bf16": options.dtype == "bfloat16",
+                 "model_init_kwargs": {"dtype": options.dtype, "attn_implementation": attention}}
+        model, config = path, GRPOConfig(**{field: getattr(config, field) for field in SAME},
+                                         **flags if way == BEST else {})
+        lora = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_alpha,
+                          target_modules=options.lora_targets, task_type="CAUSAL_LM")
+    config.save_strategy = "no"
+    trainer = GRPOTrainer(model, [script.REWARD_FUNCS[name] for name in options.reward_funcs],
+                          config, script.as_dataset(rows), processing_class=tokenizer,
+                          peft_config=lora)
+    random = torch.Generator().manual_seed(options.seed)  # one adapter, whatever the dtype
+    for _, weight in sorted(trainer.model.named_parameters(), key=lambda pair: pair[0]):
+        if weight.requires_grad:
+            weight.data.copy_(torch.randn(weight.shape, generator=random) / 100)
+    generate, marks = trainer.model.generate, []
+
+    def mark(*_, **__) -> None:
+        if script.gpu():
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+
+    def marked(*given, **how):
+        mark()
+        output = generate(*given, **how)
+        mark()
+        return output
+
+    trainer.model.generate = marked
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(type("Clock", (TrainerCallback,), {"on_step_begin": mark,
+                                                            "on_step_end": mark}))
+    trainer.train()
+    shortest = min(log["completions/min_length"] for log in trainer.state.log_history[:-1])
+    if shortest != length:
+        stop(f"{way}: a completion of {shortest:g} tokens, not {length}: steps don't compare")
+    same = {"": way, "length": length, "peak GB": script.peak_memory_gb(),
+            "tokens": length * config.generation_batch_size,
+            "attention": trainer.model.config._attn_implementation,
+            "dtype": str(trainer.model.get_input_embeddings().weight.dtype)}
+    marks = [marks[i + 4 : i + 8] for i in range(0, len(marks) - 4, 4)]  # four a step
+    return [same | {"seconds": end - begun, "generation": written - asked,
+                    "update": end - written + asked - begun} for begun, asked, written, end in marks]
+
+
+def summarise(steps: list[dict]) -> list[dict]:
+    """A row for each length and way: medians, and how many times this suite's seconds."""
+    import pandas
+
+    how = dict.fromkeys(("seconds", "generation", "update"), "median")
+    table = pandas.DataFrame(steps).groupby(["length", ""], sort=False).agg(
+        how | {"tokens": "first", "peak GB": "max"})
+    table["tokens/s"] = table.pop("tokens") / table.seconds
+    table["ratio"] = table.seconds / table.seconds.xs(SUITE, level="").reindex(
+        table.index.get_level_values("length")).to_numpy()
+    return table.swaplevel().reset_index().to_dict("records")
+
+
+def first_answer(what: str, command: list[str], args) -> dict:
+    print(f"measuring the first answer of {what}", file=sys.stderr, flush=True)
     times = []
-    for _ in range(4):
+    for _ in range(2 if args.small else 4):
         begun = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
+        done = subprocess.run(command, capture_output=True, text=True)
         times.append(time.perf_counter() - begun)
-    return statistics.median(times[1:])
+        if done.returncode:
+            stop(f"{what}: {(done.stderr.splitlines() or ['it fails'])[-1]}")
+    return {"": what, "first answer, s": statistics.median(times[1:])}
+
+
+def speeds(way: str, args, asked: list[str], questions: list[str]) -> dict:
+    """Tokens a second with one question, and with all."""
+    options = infer.parse_options(asked)
+    options.room = args.max_tokens
+    base = script.find_base(options.model, options.adapter, options.model is not None)
+    tokenizer = script.load_tokenizer(base, base.run.get("chat_template", "own"))
+    dtype = script.choose_dtype(base.run.get("dtype", "auto"), "unsloth")
+    texts = [infer.render(question, base.run, tokenizer) for question in questions]
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    if way in infer.ENGINES:
+        generate = infer.load_engine(options, base, tokenizer, dtype,
+                                     max(lengths) + args.max_tokens, many=True)
+    else:
+        from transformers import AutoModelForCausalLM, pipeline
+
+        model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
+        if base.adapter:
+            model.load_adapter(str(base.adapter))
+        pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+
+    def speed(n: int) -> float:
+        begun = time.perf_counter()
+        if way in infer.ENGINES:
+            tokens = sum(one.tokens for one in generate(texts[:n]))
+        else:
+            replies = pipe(texts[:n], max_new_tokens=args.max_tokens, do_sample=False,
+                           add_special_tokens=False, return_tensors=True)
+            tokens = sum(len(r[0]["generated_token_ids"]) for r in replies) - sum(lengths[:n])
+        return tokens / (time.perf_counter() - begun)
+
+    speed(1)  # not counted
+    return {"": way, "1 question, tokens/s": statistics.median(speed(1) for _ in range(3)),
+            f"{len(texts)} questions, tokens/s": speed(len(texts))}
+
+
+def show(title: str, rows: list[dict]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table, headings = Table(title=title), dict.fromkeys(key for row in rows for key in row)
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
+    for row in rows:
+        table.add_row(*(f"{v:.{2 if v < 10 else 1 if v < 100 else 0}f}" if isinstance(v, float)
+                        else str(v) for v in (row.get(heading, "") for heading in headings)))
+    Console().print(table)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="default: the newest")
-    parser.add_argument("--model", help="instead: a model without an adapter")
-    parser.add_argument("--questions", type=number(int, 2), default=64)
-    parser.add_argument("--max-tokens", type=number(int, 1), default=64)
+    add, count = parser.add_argument, number(int, 1)
+    add("--model", help="Hub id or directory; default: the packaged SmolLM2-135M-Instruct")
+    add("--adapter", metavar="DIR", help="that answers; default: the newest under outputs/, if any")
+    add("--completion-length", type=number(int, 2), nargs="+", default=[53], metavar="TOKENS")
+    add("--steps", type=count, default=3, help="counted ones of a process")
+    add("--rounds", type=count, default=2, help="processes each, in turn")
+    add("--questions", type=number(int, 2), default=64, help="to answer at once")
+    add("--max-tokens", type=count, default=64, help="of an answer")
+    add("--skip-training", action="store_true")
+    add("--skip-answers", action="store_true")
+    add("--small", action="store_true", help="for tests: 2 x 4 completions, less repeated")
+    add("--output", default="outputs/benchmark.json", metavar="FILE", help="or with a number added")
     args = parser.parse_args(argv)
-    quiet_libraries()
-    from rich.console import Console
-    from rich.table import Table
-    from transformers import pipeline
-
-    adapter = None if args.model else args.adapter or infer.newest_adapter()
-    trained = find_trained(args.model, adapter)
-    tokenizer, dtype = load_tokenizer(trained.load_from), choose_dtype("auto")
-    asked = [q["question"] for q in generate_questions(args.questions, split="test")]
-    prompts = [build_prompt(question, "xml") for question in asked]
-    which = ["--model", args.model] if args.model else ["--adapter", str(adapter)]
-    table = Table(title=f"{trained.name}, {dtype}, at most {args.max_tokens} tokens an answer")
-    for column in ("", "first answer, s", "1 question, tokens/s", f"{args.questions}, tokens/s"):
-        table.add_column(column, justify="right")
-
-    def say(what: str) -> None:
-        print(f"measuring {what}", file=sys.stderr, flush=True)
-
-    def row(name: str, first: float, generate) -> None:
-        cells = [f"{first:.1f}" if first else ""]
-        for some in (prompts[:1], prompts):
-            begun, tokens = time.perf_counter(), generate(some)
-            cells.append(f"{tokens / (time.perf_counter() - begun):.0f}")
-        table.add_row(name, *cells)
-
-    say("the bare minimum")
-    bare = seconds([sys.executable, "-c", BARE.format(trained.load_from, dtype)])
-    table.add_row("bare minimum", f"{bare:.1f}")
-    say("transformers.pipeline")
-    pipe = pipeline("text-generation", model=trained.load_from, tokenizer=tokenizer, dtype=dtype)
-    settings = {"max_new_tokens": args.max_tokens, "do_sample": False, "return_full_text": False}
-    row("transformers.pipeline", 0, lambda some: sum(
-        len(tokenizer(reply[0]["generated_text"]).input_ids) for reply in pipe(some, **settings)))
-    sampling = Sampling(args.max_tokens)
-    for name in ("transformers", "vllm", "unsloth"):
-        if name != "transformers" and not importlib.util.find_spec(name):
-            print(f"{name} is not installed here, so it has no row", file=sys.stderr)
-            continue
-        say(f"--engine {name}")
-        first = seconds([sys.executable, infer.__file__, asked[0], *which, "--engine", name,
-                         "--max-tokens", str(args.max_tokens)])
-        engine = load_engine(name, trained, tokenizer, dtype=dtype, load_in_4bit=False, many=True,
-                             room=1024, compare=False)
-        row(name, first, lambda some, engine=engine: sum(
-            one.tokens for one in engine.generate(some, sampling)))
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    main()
+    try:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        stop(f"--output {args.output} can't be written ({problem.strerror}); name another")
+    if not (args.adapter or args.model):
+        with suppress(SystemExit), redirect_stderr(io.StringIO()):  # there need not be one
+            args.adapter = str(infer.newest_adapter())
+    model, load = args.model or laptop.PACKAGE, os.getloadavg()[0]
+    if load > os.cpu_count() / 2:
+        print(f"watch: a load of {load:.1f} on {os.cpu_count()} processors: others are at work, "
+              "and these are no times to go by", file=sys.stderr)
+    result = {"options": vars(args), "processors": os.cpu_count(), "load": load, "versions": {
+        name: script.installed(name) for name in ("torch", *script.TESTED)}}
+    try:
+        if not args.skip_training:
+            measure_training(args, model, result)
+        if not args.skip_answers:
+            measure_answers(args, model, result)
+    finally:  # also what a broken run has measured
+        write_new(Path(args.output), json.dumps(result, indent=2) + "\n")

@@ -30,7 +30,7 @@ What you see at the end: accuracy on held-out questions before and after, a pict
     ("settings", f"""
 REPO = "{REPO}"
 RUN = "/content/drive/MyDrive/reasoning-grpo/first-run"  # a new name starts a new run
-OPTIONS = "--max-steps 60 --eval-questions 100"  # README.md has them all
+OPTIONS = "--max-steps 60 --eval-questions 100 --save-steps 10"  # README.md has them all
 """),
     ("colab-only", """
 import shutil
@@ -48,8 +48,8 @@ which = "requirements.txt" if gpu else "requirements-cpu.txt"
 
 The scripts run as processes of their own, so the GPU's memory is free again when they end, and this
 notebook needs no restart after the install. (If you `import torch` here yourself and had done so
-before the install, restart the session first.) To stop early, interrupt the cell once: the step
-under way is finished and saved.
+before the install, restart the session first.) If you interrupt the cell, or the session ends, run
+it again: it goes on from the last checkpoint, one every `--save-steps`.
 """),
     ("code", """
 import os
