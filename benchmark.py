@@ -31,7 +31,7 @@ import laptop
 import reasoning_model_grpo as script
 from rewards import OneLineParser, number, stop
 
-DEFAULTS, BEST, SUITE = "TRL, defaults", "TRL, best flags", "this suite"
+WAYS = DEFAULTS, BEST, SUITE = "TRL, defaults", "TRL, best flags", "this suite"
 BARE = "import torch, transformers as t; t.AutoModelForCausalLM.from_pretrained({!r}, dtype='auto')"
 SAME = ("output_dir", "use_cpu", "per_device_train_batch_size", "gradient_accumulation_steps",
         "num_generations", "max_completion_length", "generation_kwargs", "max_steps", "seed",
@@ -60,7 +60,8 @@ def train(way: str, length: int, args, path: str) -> list[dict]:
         "--recipe", "smollm2-135m", "--model", path, "--backend", "transformers", "--vllm", "off",
         "--reward-funcs", "correctness_reward_func", "strict_format_reward_func", "--batch-size",
         batch, "--num-generations", group, "--max-prompt-length", "1000", "--eval-steps", "0",
-        "--max-steps", f"{args.steps + 1}", "--set", f'generation_kwargs={{"min_new_tokens":{length}}}'])
+        "--max-steps", f"{args.steps + 1}",
+        "--set", f'generation_kwargs={{"min_new_tokens": {length}}}'])
     base = script.find_base(path, None, True)
     tokenizer = script.load_tokenizer(base)
     rows = script.to_questions(laptop.generate_questions(200), ["question"], "answer", "generated")
@@ -110,25 +111,25 @@ def train(way: str, length: int, args, path: str) -> list[dict]:
             "tokens": length * config.generation_batch_size,
             "attention": trainer.model.config._attn_implementation,
             "dtype": str(trainer.model.get_input_embeddings().weight.dtype)}
-    marks = [marks[i + 4 : i + 8] for i in range(0, len(marks) - 4, 4)]  # four a step
-    return [same | {"seconds": end - begun, "generation": written - asked,
-                    "update": end - written + asked - begun} for begun, asked, written, end in marks]
+    counted = [marks[i : i + 4] for i in range(4, len(marks), 4)]  # the first step is not
+    return [same | {"step": end - begun, "generation": done - asked,
+                    "update": end - done + asked - begun} for begun, asked, done, end in counted]
 
 
 def summarise(steps: list[dict]) -> list[dict]:
     """A row for each length and way: medians, and how many times this suite's seconds."""
     import pandas
 
-    how = dict.fromkeys(("seconds", "generation", "update"), "median")
+    how = dict.fromkeys(("step", "generation", "update"), "median")
     table = pandas.DataFrame(steps).groupby(["length", ""], sort=False).agg(
         how | {"tokens": "first", "peak GB": "max"})
-    table["tokens/s"] = table.pop("tokens") / table.seconds
-    table["ratio"] = table.seconds / table.seconds.xs(SUITE, level="").reindex(
+    table["tokens/s"] = table.pop("tokens") / table["step"]
+    table["ratio"] = table["step"] / table["step"].xs(SUITE, level="").reindex(
         table.index.get_level_values("length")).to_numpy()
     return table.swaplevel().reset_index().to_dict("records")
 
 
-def first_answer(what: str, command: list[str], args) -> dict:
+def first_answer(what: str, command: list[str], args) -> float:
     print(f"measuring the first answer of {what}", file=sys.stderr, flush=True)
     times = []
     for _ in range(2 if args.small else 4):
@@ -137,11 +138,31 @@ def first_answer(what: str, command: list[str], args) -> dict:
         times.append(time.perf_counter() - begun)
         if done.returncode:
             stop(f"{what}: {(done.stderr.splitlines() or ['it fails'])[-1]}")
-    return {"": what, "first answer, s": statistics.median(times[1:])}
+    return statistics.median(times[1:])
+
+
+def measure_answers(args, base, rows: list[dict]) -> None:
+    """A row for the bare minimum, for the pipeline, and for each engine that is installed."""
+    missing = [name for name in infer.INSTALL if not importlib.util.find_spec(name)]
+    if missing:
+        print(f"not installed, so without a row: {', '.join(missing)}", file=sys.stderr)
+    bare, first = [sys.executable, "-c", BARE.format(base.path)], "first answer, s"
+    rows.append({"": "bare minimum", first: first_answer("the bare minimum", bare, args)})
+    questions = [q["question"] for q in laptop.generate_questions(args.questions, split="test")]
+    asked = [questions[0], "--max-tokens", str(args.max_tokens)]
+    asked += ["--adapter", args.adapter] if args.adapter else []
+    asked += ["--model", args.model or base.path] if args.model or not args.adapter else []
+    for way in ("pipeline", *(name for name in infer.ENGINES if name not in missing)):
+        row, how = {"": way}, [*asked, "--engine", way] if way in infer.ENGINES else asked
+        with suppress(SystemExit):  # its line is out; the others go on
+            if way in infer.ENGINES:
+                command = [sys.executable, infer.__file__, *how]
+                row[first] = first_answer(f"--engine {way}", command, args)
+            rows.append(row | in_child(f"tokens/s of {way}", speeds, way, args, how, questions))
 
 
 def speeds(way: str, args, asked: list[str], questions: list[str]) -> dict:
-    """Tokens a second with one question, and with all."""
+    """Tokens a second of transformers' pipeline or an engine, with one question and with all."""
     options = infer.parse_options(asked)
     options.room = args.max_tokens
     base = script.find_base(options.model, options.adapter, options.model is not None)
@@ -149,37 +170,39 @@ def speeds(way: str, args, asked: list[str], questions: list[str]) -> dict:
     dtype = script.choose_dtype(base.run.get("dtype", "auto"), "unsloth")
     texts = [infer.render(question, base.run, tokenizer) for question in questions]
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
-    if way in infer.ENGINES:
-        generate = infer.load_engine(options, base, tokenizer, dtype,
-                                     max(lengths) + args.max_tokens, many=True)
-    else:
+    if way == "pipeline":
         from transformers import AutoModelForCausalLM, pipeline
 
         model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
         if base.adapter:
             model.load_adapter(str(base.adapter))
         pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    else:
+        generate = infer.load_engine(options, base, tokenizer, dtype,
+                                     max(lengths) + args.max_tokens, many=True)
 
     def speed(n: int) -> float:
         begun = time.perf_counter()
-        if way in infer.ENGINES:
-            tokens = sum(one.tokens for one in generate(texts[:n]))
-        else:
+        if way == "pipeline":
             replies = pipe(texts[:n], max_new_tokens=args.max_tokens, do_sample=False,
                            add_special_tokens=False, return_tensors=True)
             tokens = sum(len(r[0]["generated_token_ids"]) for r in replies) - sum(lengths[:n])
+        else:
+            tokens = sum(one.tokens for one in generate(texts[:n]))
         return tokens / (time.perf_counter() - begun)
 
     speed(1)  # not counted
-    return {"": way, "1 question, tokens/s": statistics.median(speed(1) for _ in range(3)),
+    return {"1 question, tokens/s": statistics.median(speed(1) for _ in range(3)),
             f"{len(texts)} questions, tokens/s": speed(len(texts))}
 
 
 def show(title: str, rows: list[dict]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table, headings = Table(title=title), dict.fromkeys(key for row in rows for key in row)
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False, padding=0)
+    headings = dict.fromkeys(key for row in rows for key in row)
     for heading in headings:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
     for row in rows:
@@ -216,11 +239,33 @@ def main(argv: list[str] | None = None) -> None:
         print(f"watch: a load of {load:.1f} on {os.cpu_count()} processors: others are at work, "
               "and these are no times to go by", file=sys.stderr)
     result = {"options": vars(args), "processors": os.cpu_count(), "load": load, "versions": {
-        name: script.installed(name) for name in ("torch", *script.TESTED)}}
+        name: script.installed(name) for name in ("torch", *script.TESTED)}, "steps": []}
+    base = script.find_base(model, args.adapter, args.model is not None)  # or stop now
+    path, steps = script.find_model(model)[0], result["steps"]
     try:
-        if not args.skip_training:
-            measure_training(args, model, result)
+        for n, length, way in itertools.product(range(
+                0 if args.skip_training else args.rounds), args.completion_length, WAYS):
+            what = f"a step: {way}, {length} tokens, round {n + 1} of {args.rounds}"
+            steps += in_child(what, train, way, length, args, path)
+        if steps:
+            result["training"] = summarise(steps)
+            completions = steps[0]["tokens"] // steps[0]["length"]
+            show(f"A training step of {completions} completions, {Path(path).name}, "
+                 f"{os.cpu_count()} processors", result["training"])
         if not args.skip_answers:
-            measure_answers(args, model, result)
+            result["answers"] = []
+            measure_answers(args, base, result["answers"])
+            show(f"Answers of at most {args.max_tokens} tokens, {base.adapter or base.name}",
+                 result["answers"])
     finally:  # also what a broken run has measured
-        write_new(Path(args.output), json.dumps(result, indent=2) + "\n")
+        for n in itertools.count(1) if steps or result.get("answers") else ():
+            file = Path(args.output)
+            file = file.with_stem(f"{file.stem}-{n}") if n > 1 else file
+            with suppress(FileExistsError), file.open("x", encoding="utf-8") as written:
+                written.write(json.dumps(result, indent=2) + "\n")
+                print(f"written: {file}", file=sys.stderr)
+                break
+
+
+if __name__ == "__main__":
+    main()

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -964,7 +965,7 @@ def turn(text, role="user"):
 ROWS = [  # the file's text, options, what is asked with which golds (or what the line says), why
     (lines({"q": [turn("be brief", "system"), turn("a"), turn("5", "assistant"), turn("b")], "a": 3}
            for _ in "1"), "--question-column q --answer-column a", [("b", "3")], "D1: last turn"),
-    (lines([{"question": {"text": "a"}, "answer": 1}]), "", "row 1: it has no question", "D1: dict"),
+    (lines([{"question": {"text": "a"}, "answer": 1}]), "", "row 1: it has no question", "D1: map"),
     (lines([{"question": [1, 2], "answer": 1}]), "", "row 1: it has no question", "D1: a list"),
     (lines([{"question": "a", "answer": 1}, {"question": None, "answer": 2},
             {"question": " ", "answer": 3}]), "", "2 of 3 rows", "D2: null and empty"),
@@ -1676,16 +1677,19 @@ def gpu_sources(tmp_path_factory):
     import zipfile
 
     place = tmp_path_factory.mktemp("wheels")
-    for package in ("unsloth", "unsloth_zoo", "trl", "vllm"):
+
+    @cache
+    def wheel(package: str):
+        version = pins("requirements.txt")[package]
         argv = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(place),
-                "--platform", "manylinux_2_28_x86_64", "--only-binary=:all:",
-                f"{package}=={pins('requirements.txt')[package]}"]
+                "--platform", "manylinux_2_28_x86_64", "--platform", "manylinux_2_31_x86_64",
+                "--only-binary=:all:", f"{package}=={version}"]
         if subprocess.run(argv, capture_output=True).returncode:
-            pytest.skip(f"{package} can't be downloaded")
+            pytest.skip(f"{package} {version} can't be downloaded")
+        return next(place.glob(f"{package}-*.whl"))
 
     def source(package: str, file: str):
-        (wheel,) = place.glob(f"{package}-*.whl")
-        with zipfile.ZipFile(wheel) as archive:
+        with zipfile.ZipFile(wheel(package)) as archive:
             return ast.parse(archive.read(file))
 
     return source
