@@ -10,6 +10,8 @@ import json
 import math
 import os
 import re
+import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1754,3 +1756,280 @@ def test_the_pinned_unsloth_still_gives_a_model_its_lora_methods(gpu_sources):
     assert {"save_lora", "load_lora", "fast_generate"} <= given
     zoo = gpu_sources("unsloth_zoo", "unsloth_zoo/vllm_utils.py")
     assert "save_directory" in parameters_of(zoo, "load_lora")
+
+
+# ---- Broken off at any moment --------------------------------------------------------------------
+# Forks of one process that has imported everything, so that a start takes no time of its own.
+KILLER = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import accelerate, datasets, matplotlib.pyplot, pandas, peft, torch, trl
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from trl import GRPOTrainer, SFTTrainer
+
+here, wanted, *argv = sys.argv[1:]
+sys.path.insert(0, here)
+import reasoning_model_grpo as script
+
+MARKS = ("args.json", "evaluation_before.jsonl", "warm_start_lora", "evaluation_warm_start.jsonl",
+         "checkpoint-1", "checkpoint-2", "checkpoint-3", "grpo_saved_lora",
+         "evaluation_after.jsonl", "evaluation.json")
+rng, kills, runs = random.Random(0), {}, 0
+
+def start(words):
+    pid = os.fork()
+    if pid:
+        return pid
+    sys.stdout = sys.stderr = open("log.txt", "a", buffering=1)
+    try:
+        script.main(words)
+        os._exit(0)
+    except BaseException as problem:
+        print(repr(problem))
+        os._exit(9)
+
+def log():
+    return Path("log.txt").read_text()[-3000:]
+
+def result(run):
+    return ((run / "grpo_saved_lora/adapter_model.safetensors").read_bytes(),
+            (run / "evaluation.json").read_text())
+
+begun = time.time()
+assert os.waitpid(start([*argv, "--output-dir", "whole"]), 0)[1] == 0, log()
+whole, slowest = result(Path("whole")), time.time() - begun
+while sum(kills.values()) < int(wanted):
+    runs += 1
+    run, ended, patience = Path(f"run{runs}"), False, slowest / 2
+    while not ended:
+        known = (run / "args.json").exists()
+        words = ["--resume", "--output-dir", str(run)] if known else [
+            *argv, "--output-dir", str(run)]
+        pid, deadline = start(words), time.time() + rng.uniform(0.02, patience)
+        while time.time() < deadline and not ended:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            time.sleep(0.01)
+        if ended:
+            assert status == 0, log()
+            break
+        phase = next((mark for mark in reversed(MARKS) if (run / mark).exists()), "nothing yet")
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        kills[phase] = kills.get(phase, 0) + 1
+        patience *= 1.1  # so that a slow phase comes to its end
+        for file in run.glob("*.json*"):  # nothing is half written
+            lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
+            list(map(json.loads, lines))
+    assert result(run) == whole, (run, kills)
+print(json.dumps({"kills": kills, "runs": runs, "seconds": round(time.time() - begun)}))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_ends_with_the_adapter_of_an_unbroken_one(tmp_path, tiny_model):
+    """40 kills of SIGKILL, at random moments of all phases: none loses or changes anything."""
+    place = furnish(tmp_path)
+    argv = arguments(tiny_model, "--max-steps", "3", "--warm-start", "3", "--save-steps", "1")
+    done = subprocess.run([sys.executable, "-c", KILLER, str(HERE), "40", *argv], cwd=place,
+                          capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    print(done.stdout)
+    counted = json.loads(done.stdout.splitlines()[-1])
+    assert sum(counted["kills"].values()) >= 40 and len(counted["kills"]) >= 4, counted
+
+
+# ---- Unsloth's own code, on its CPU backend ------------------------------------------------------
+@pytest.fixture(scope="session")
+def unsloth_python(tmp_path_factory) -> str:
+    """A Python with Unsloth: $UNSLOTH_PYTHON, or a virtual environment of its own made here."""
+    if "UNSLOTH_PYTHON" in os.environ:
+        return os.environ["UNSLOTH_PYTHON"]
+    place = tmp_path_factory.mktemp("unsloth") / "env"
+    python, wheels = str(place / "bin/python"), pins("requirements.txt")
+    ours = [f"{name}=={version}" for name, version in pins("requirements-cpu.txt").items()
+            if name not in ("pytest", "hypothesis", "ruff", "ipykernel", "nbclient")]
+    theirs = [f"{name}=={wheels[name]}" for name in ("unsloth", "unsloth_zoo")]
+    needs = ["tyro", "msgspec", "hf_transfer", "pydantic", "sentencepiece", "protobuf", "pillow"]
+    install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    for words in ([sys.executable, "-m", "venv", str(place)],
+                  [*install, *ours, "matplotlib", "rich"],
+                  [*install, "--no-deps", *theirs, "cut_cross_entropy"], [*install, *needs]):
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"unsloth can't be installed here: {done.stderr.strip()[-200:]}")
+    return python
+
+
+@pytest.mark.slow
+def test_a_whole_run_through_unsloth(unsloth_python, tmp_path, tiny_model):
+    """Loading, LoRA, warm start, GRPO, evaluation, saving and reading back are Unsloth's own."""
+    place = furnish(tmp_path)
+    env = os.environ | {"UNSLOTH_FORCE_CPU": "1", "PYTHONPATH": ""}
+    argv = arguments(tiny_model, "--backend", "unsloth", "--warm-start", "2", "--output-dir", "run")
+    done = subprocess.run([unsloth_python, str(HERE / "reasoning_model_grpo.py"), *argv], cwd=place,
+                          env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "backend unsloth, since" in done.stdout and "step 2/2" in done.stdout
+    assert "Unsloth" not in done.stdout  # no banner
+    stages = json.loads((place / "run/evaluation.json").read_text())["stages"]
+    assert list(stages) == ["before", "after warm start", "after GRPO"]
+    rows = read_rows(place / "run/evaluation_after.jsonl")
+    (place / "ask.jsonl").write_text("".join(
+        json.dumps({"question": row["question"]}) + "\n" for row in rows))
+    done = subprocess.run([sys.executable, str(HERE / "infer.py"), "--adapter",
+                           "run/grpo_saved_lora", "--file", "ask.jsonl", "--json"],
+                          cwd=place, capture_output=True, text=True)
+    said = [json.loads(line)["completion"] for line in done.stdout.splitlines()]
+    assert said == [row["completion"] for row in rows], done.stderr[-2000:]
+
+
+PATCHED = """
+import os, sys
+os.environ.update(UNSLOTH_ALLOW_CPU="1", UNSLOTH_COMPILE_DISABLE="1")
+import unsloth
+from unsloth.models.rl import patch_trl_rl_trainers
+patch_trl_rl_trainers()
+import dataclasses, trl
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import reasoning_model_grpo as script
+assert trl.GRPOTrainer.__name__ == "UnslothGRPOTrainer"
+assert "unsloth_num_chunks" in {field.name for field in dataclasses.fields(trl.GRPOConfig)}
+for recipe in script.RECIPES:
+    for more in ([], ["--eval-steps", "5"], ["--loss-type", "dr_grpo", "--beta", "0.04"]):
+        args = script.parse_options(["--recipe", recipe, "--report-to", "none", *more])
+        # It compares what it set with what the class made of it, and stops where they differ.
+        script.grpo_config(args, Path("out"), 64, args.reward_weights, bool(args.eval_steps))
+        print("as set:", recipe, *more)
+"""
+
+
+@pytest.mark.slow
+def test_unsloths_patched_config_takes_every_recipe_as_it_is_set(unsloth_python, tmp_path):
+    done = subprocess.run([unsloth_python, "-c", PATCHED, str(HERE)], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("as set:") == 3 * len(script.RECIPES)
+
+
+# ---- The documents and the notebook --------------------------------------------------------------
+DOCUMENTS = ("README.md", "RESULTS.md", "CONTRIBUTING.md")
+MAINS = {"reasoning_model_grpo.py": script, "infer.py": infer}
+BLOCK = re.compile(r"^(<!-- runnable -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CALL = re.compile(r"(?:\bpython|accelerate launch(?: --(?!recipe)\w+(?: \w+)?)*) "
+                  r"(reasoning_model_grpo\.py|infer\.py)\b([^`&|\n]*)")
+
+
+def make_notebook():
+    return SimpleNamespace(**runpy.run_path(str(HERE / ".ci/make_notebook.py")))
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_documents_name_options_tests_and_files_that_exist(name):
+    text, tests = (HERE / name).read_text(), Path(__file__).read_text()
+    assert len(text.splitlines()) <= 200 and "TODO" not in text
+    for file, rest in CALL.findall(text):
+        words = ["1" if word == "N" else word for word in shlex.split(rest, comments=True)]
+        parser = script.build_parser("") if MAINS[file] is script else infer.build_parser()
+        parser.parse_args(words)  # an unknown option would exit
+    known = {option for parser in (script.build_parser(""), infer.build_parser())
+             for action in parser._actions for option in action.option_strings}
+    typed = set(re.findall(r"`(--[a-z0-9-]+)(?!_)\b", text))
+    assert typed <= known, typed - known
+    for test in re.findall(r"`(test_\w+)`", text):
+        assert f"def {test}(" in tests, test
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert link.startswith("https://") or (HERE / link).is_file(), link
+
+
+def test_the_readmes_runnable_blocks_run(copied, tiny_model, monkeypatch, capsys):
+    """As they are written, but on the tiny model, and what trains only up to its plan."""
+    (copied / "ask.txt").unlink(missing_ok=True)
+    whole, ran = script.main, 0
+    tiny = [*CHEAP, "--model", str(tiny_model)]
+    monkeypatch.setattr(script, "main", lambda argv, **given: whole([*argv, *tiny], **given))
+    for runnable, language, text in BLOCK.findall((HERE / "README.md").read_text()):
+        if not runnable:
+            continue
+        if language == "python":
+            exec(compile(text, "README.md", "exec"), {})  # it trains, in two steps
+            assert "'train_loss'" in capsys.readouterr().out
+        for line in text.splitlines() if language == "bash" else ():
+            words = shlex.split(line, comments=True)
+            if words[:1] != ["python"]:
+                subprocess.run(["bash", "-c", line], check=True)
+                continue
+            file, argv = words[1], words[2:]
+            if MAINS[file] is script:
+                data = [] if "--dataset" in argv else ["--dataset", "data.jsonl"]
+                whole([*argv, *tiny, *data])
+            else:
+                infer.main([*argv, "--max-tokens", "8"])
+            printed = capsys.readouterr()
+            marks = {"--dry-run": "[gold: ", "--evaluate-only": "strict accuracy",
+                     "--jsonl": "answer"}
+            mark = next((marks[word] for word in argv if word in marks), "answer: ")
+            assert mark in printed.out + printed.err, line
+        ran += 1
+    assert ran >= 4 and len(read_rows("answers.jsonl")) == 2
+
+
+def test_the_notebook_is_what_its_source_makes():
+    source = make_notebook()
+    assert (HERE / source.NAME).read_text(encoding="utf-8") == source.build(), (
+        "run python .ci/make_notebook.py")
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_run_again_it_resumes(tmp_path, tiny_model, monkeypatch):
+    import nbclient
+    import nbformat
+
+    place = furnish(tmp_path)
+    for name in ("reasoning_model_grpo.py", "rewards.py", "infer.py", "laptop.py"):
+        shutil.copy(HERE / name, place)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    options = shlex.join(arguments(tiny_model))
+    book = nbformat.reads(make_notebook().build(), as_version=4)
+    cells = [cell for cell in book.cells if cell.cell_type == "code"
+             and cell.metadata.get("tags") != ["colab-only"]]
+    assert [cell.metadata.get("tags") for cell in cells][:2] == [["settings"], None]
+    cells[0].source = f"RUN, OPTIONS = 'a run', {options!r}"
+    book.cells = [*cells, nbformat.v4.new_code_cell(cells[1].source)]
+    nbclient.NotebookClient(book, timeout=300, kernel_name="python3",
+                            resources={"metadata": {"path": str(place)}}).execute()
+    _, train, look, ask, again = book.cells
+    said = ["".join(o.get("text", "") for o in cell.outputs) for cell in book.cells]
+    assert "step 2/2" in said[1] and "ask it:" in said[1], said[1]
+    assert "McNemar p" in said[2] and any("image/png" in o.get("data", {}) for o in look.outputs)
+    assert "answer: " in said[3], said[3]
+    assert "ask it:" in said[4] and "step 2/2" not in said[4], said[4]  # not done again
+
+
+# ---- The benchmark -------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_the_benchmark_sets_each_way_beside_the_stock_one(tiny_model, tmp_path):
+    argv = ["--model", tiny_model, "--small", "--rounds", 1, "--steps", 2, "--questions", 2,
+            "--completion-length", 6, "--max-tokens", 4]
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs/benchmark.json").write_text("another run's")
+    done = command("benchmark.py", *argv, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "outputs/benchmark.json").read_text() == "another run's"
+    result = json.loads((tmp_path / "outputs/benchmark-2.json").read_text())
+    ways = ["TRL, defaults", "TRL, best flags", "this suite"]
+    assert [row[""] for row in result["training"]] == ways and len(result["steps"]) == 3 * 2
+    first = [row[""] for row in result["answers"]][:3]
+    assert first == ["bare minimum", "pipeline", "transformers"]
+    assert all(way in done.stdout and f"a step: {way}, 6 tokens" in done.stderr for way in ways)
+    assert all(value > 0 for row in [*result["steps"], *result["training"], *result["answers"]]
+               for value in row.values() if not isinstance(value, str))
+    assert result["training"][2]["ratio"] == 1 and {row["length"] for row in result["steps"]} == {6}
+
+
+def test_the_benchmark_stops_in_one_line(tmp_path):
+    for argv in (["--step", "3"], ["--completion-length", "1"], ["--adapter", "nowhere"],
+                 ["--output", "/dev/null/b.json"]):
+        done = command("benchmark.py", *argv, cwd=tmp_path)
+        *_, line = done.stderr.splitlines()
+        assert done.returncode == 2 and line.startswith("error: "), done.stderr
