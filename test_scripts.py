@@ -887,6 +887,78 @@ def test_a_gpu_that_torch_cannot_use_is_named_in_one_line(
                 assert "Tesla T4" in line and "requirements.txt" in line
 
 
+@pytest.mark.parametrize("capability, old", [((7, 5), True), ((8, 9), False)])
+def test_flashinfer_stays_off_on_cards_it_is_not_for(capability, old, gpu, monkeypatch):
+    import trl.generation.vllm_generation as rollouts
+
+    for name in ("UNSLOTH_VLLM_NO_FLASHINFER", "UNSLOTH_VLLM_STANDBY",
+                 "UNSLOTH_VLLM_STANDBY_UTIL_OVERRIDE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace())
+    monkeypatch.setattr(rollouts, "LLM", lambda **how: how, raising=False)
+    gpu(15.8, ("vllm",), capability)
+    script.start_backend(script.parse_options(["--recipe", "qwen-3b", "--no-load-in-4bit"]))
+    assert rollouts.LLM(model="x") == {"model": "x"} | (
+        {"attention_backend": "TRITON_ATTN"} if old else {})
+    gpu(15.8, ("vllm", "unsloth"), capability)
+    script.start_backend(script.parse_options(["--recipe", "qwen-3b", "--vllm", "off"]))
+    assert "UNSLOTH_VLLM_STANDBY" not in os.environ  # it would cost expandable memory segments
+    script.start_backend(script.parse_options(["--recipe", "qwen-3b"]))
+    assert (os.environ.get("UNSLOTH_VLLM_NO_FLASHINFER") == "1") == old
+    assert os.environ["UNSLOTH_VLLM_STANDBY"] == "1"
+    assert "UNSLOTH_VLLM_STANDBY_UTIL_OVERRIDE" not in os.environ  # Unsloth finds its own share
+    script.start_backend(script.parse_options(["--gpu-memory-utilization", "0.4"]))
+    assert os.environ["UNSLOTH_VLLM_STANDBY_UTIL_OVERRIDE"] == "1"
+
+
+def test_one_process_uses_one_gpu_and_keeps_its_batch(capsys):
+    two = SimpleNamespace(n_gpu=2)
+    assert script.use_one_gpu(two)._n_gpu == 1 and "accelerate launch" in capsys.readouterr().out
+
+
+def test_a_small_card_takes_smaller_batches_where_trl_keeps_the_logits():
+    options = vars(script.build_parser("").parse_args([])) | {"batch_size": 16,
+                                                              "gradient_accumulation_steps": 2}
+    small = script.memory_preset(15.8, options, four_bit=False)
+    assert (small["batch_size"], small["gradient_accumulation_steps"]) == (4, 8)
+    assert "batch_size" not in script.memory_preset(15.8, options, four_bit=True)
+    assert "batch_size" not in script.memory_preset(23.6, options, four_bit=False)
+
+
+def test_what_unsloth_keeps_for_writing_goes_before_training():
+    layer = SimpleNamespace(paged_attention=1, paged_attention_K=2, weight=3)
+    slept, engine = [], SimpleNamespace(sleep=lambda level: slept.append(level))
+    engine.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(
+        model_config=SimpleNamespace(enable_sleep_mode=True)))
+    script.give_memory_back(SimpleNamespace(modules=lambda: [layer], vllm_engine=engine))
+    assert vars(layer) == {"weight": 3} and slept == [1]
+
+
+def test_an_old_card_is_asked_in_float16_and_float32_is_refused(gpu, capsys):
+    gpu(15.8, ("vllm", "unsloth"), (7, 5))
+    assert script.parse_options(["--dtype", "bfloat16"]).dtype == "float16"
+    assert "--dtype float16" in stopped(capsys, script.parse_options, ["--dtype", "float32"])
+
+
+def test_a_tracker_without_an_account_is_off_or_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    assert script.usable_tracker("wandb", typed=False) == "none"
+    assert "wandb login" in capsys.readouterr().out
+    assert "wandb login" in stopped(capsys, script.usable_tracker, "wandb", True)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert script.usable_tracker("wandb", typed=True) == "wandb"
+    assert script.usable_tracker("trackio", typed=False) == "trackio"
+
+
+def test_rollouts_reserve_no_more_than_their_length(workplace):
+    args = script.parse_options(["--max-prompt-length", "300"])
+    assert script.grpo_config(args, Path("x"), 52, args.reward_weights).vllm_max_model_length == 352
+
+
 @pytest.mark.parametrize("error, says", [("GatedRepoError", "accept its licence"),
                                          ("RepositoryNotFoundError", "check the spelling")])
 def test_hub_refusals_name_the_remedy(error, says, monkeypatch, capsys):
