@@ -92,13 +92,11 @@ def newest_adapter() -> Path:
         "one with --adapter DIR or --model NAME")
 
 
-def training_script():
-    """reasoning_model_grpo.py, for what only it can do; None where this file stands alone."""
-    if importlib.util.find_spec("reasoning_model_grpo") is None:
-        return None
-    import reasoning_model_grpo
-
-    return reasoning_model_grpo
+def training_script(what: str = ""):
+    """reasoning_model_grpo.py; where this file stands alone None, or the end for `what`."""
+    if importlib.util.find_spec("reasoning_model_grpo"):
+        return importlib.import_module("reasoning_model_grpo")
+    return stop(f"{what} takes reasoning_model_grpo.py beside this file") if what else None
 
 
 def read_questions(args) -> list[str]:
@@ -109,11 +107,7 @@ def read_questions(args) -> list[str]:
     if args.file is None:
         rows = [{"question": line} for line in sys.stdin if line.strip()]
     else:
-        script = training_script() or stop("--file needs reasoning_model_grpo.py beside this file")
-        try:
-            rows = script.read_file(args.file)
-        except Exception as problem:  # whatever a broken file makes a library raise
-            stop(f"{args.file} can't be read: {problem}")
+        rows, _ = training_script("--file").read_data(args.file)
     questions = [str(row.get("question") or "").strip() for row in rows]
     if "" in questions:
         i = questions.index("")
@@ -159,8 +153,7 @@ def choose_engine(wanted: str, gpu: bool, packages: set[str], many: bool, lora: 
 
 def with_transformers(args, base, tokenizer, dtype: str, room: int):
     """Everywhere, and the first to answer; on a CPU with the adapter merged."""
-    script = training_script() or stop("--engine transformers takes reasoning_model_grpo.py beside "
-                                       "this file")
+    script = training_script("--engine transformers")
     how = SimpleNamespace(dtype=dtype, attn_implementation="auto", full_finetune=False,
                           load_in_4bit=base.run.get("options", {}).get("load_in_4bit", False))
     model = script.load_saved(how, base, base.adapter)
@@ -191,18 +184,12 @@ def with_vllm(args, base, tokenizer, dtype: str, room: int):
             options["quantization"] = "bitsandbytes"
         if torch.cuda.get_device_capability()[0] < 8:  # FlashInfer wants newer ones
             options["attention_backend"] = "TRITON_ATTN"
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.lora.request import LoRARequest
 
     engine = LLM(model=base.path, **options)
-    lora = LoRARequest("adapter", 1, str(base.adapter)) if base.adapter else None
-
-    def generate(texts, adapter=True, streamer=None):
-        request = lora if adapter else None
-        return complete_with_vllm(engine.generate, SamplingParams, tokenizer, texts, args.room,
-                                  args.temperature, args.top_p, args.seed, request)
-
-    return generate
+    return engine_of(args, tokenizer, engine.generate, lambda: LoRARequest(
+        "adapter", 1, str(base.adapter)) if base.adapter else None)
 
 
 def with_unsloth(args, base, tokenizer, dtype: str, room: int):
@@ -212,7 +199,6 @@ def with_unsloth(args, base, tokenizer, dtype: str, room: int):
     if torch.cuda.get_device_capability()[0] < 8:  # as in training
         os.environ.setdefault("UNSLOTH_VLLM_NO_FLASHINFER", "1")
     from unsloth import FastLanguageModel
-    from vllm import SamplingParams
 
     four_bit = base.run.get("options", {}).get("load_in_4bit", False)
     # The adapter's directory, not the base: only then the model has load_lora.
@@ -220,13 +206,17 @@ def with_unsloth(args, base, tokenizer, dtype: str, room: int):
         model_name=str(base.adapter or base.path), fast_inference=True,
         dtype=getattr(torch, dtype), load_in_4bit=four_bit, load_in_16bit=not four_bit,
         max_seq_length=room, max_lora_rank=lora_rank(base.adapter) if base.adapter else 16)
+    return engine_of(args, tokenizer, model.fast_generate, lambda: model.load_lora(
+        str(base.adapter)) if base.adapter else None)
 
-    def generate(texts, adapter=True, streamer=None):
-        lora = model.load_lora(str(base.adapter)) if adapter and base.adapter else None
-        return complete_with_vllm(model.fast_generate, SamplingParams, tokenizer, texts, args.room,
-                                  args.temperature, args.top_p, args.seed, lora)
 
-    return generate
+def engine_of(args, tokenizer, generate, lora):
+    """What answers through vLLM's `generate`; `lora()` is its request for the adapter, if any."""
+    from vllm import SamplingParams
+
+    return lambda texts, adapter=True, streamer=None: complete_with_vllm(
+        generate, SamplingParams, tokenizer, texts, args.room, args.temperature, args.top_p,
+        args.seed, lora() if adapter else None)
 
 
 ENGINES = {"transformers": with_transformers, "vllm": with_vllm, "unsloth": with_unsloth}
@@ -274,15 +264,13 @@ def open_alone(args):
     """(base, tokenizer, dtype) without the training script: the engines find the base."""
     from transformers import AutoTokenizer
 
-    place = Path(args.adapter) if args.adapter else None
-    run, path = {}, args.model
-    if place:
-        if not (place / "adapter_config.json").is_file():
-            stop(f"{place} is no adapter directory: it has no adapter_config.json")
-        record = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
-        path = args.model or record["base_model_name_or_path"]
-        if (place / "args.json").is_file():
-            run = json.loads((place / "args.json").read_text(encoding="utf-8"))
+    place, run = Path(args.adapter) if args.adapter else None, {}
+    if place and not (place / "adapter_config.json").is_file():
+        stop(f"{place} is no adapter directory: it has no adapter_config.json")
+    if place and (place / "args.json").is_file():
+        run = json.loads((place / "args.json").read_text(encoding="utf-8"))
+    path = args.model or json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))[
+        "base_model_name_or_path"]
     tokenizer = AutoTokenizer.from_pretrained(str(place or path), padding_side="left")
     base = SimpleNamespace(path=path, name=path, adapter=place, run=run)
     return base, tokenizer, args.dtype or run.get("dtype", "bfloat16")

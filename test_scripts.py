@@ -218,6 +218,7 @@ def notebook(tmp_path_factory, tiny_model):
     return place, said
 
 
+@pytest.mark.slow
 def test_pasted_into_a_cell_it_trains_saves_measures_and_draws(notebook):
     place, said = notebook
     assert said["alone"]["stdout"].strip() == "[None, None, None]"
@@ -233,6 +234,7 @@ def test_pasted_into_a_cell_it_trains_saves_measures_and_draws(notebook):
     assert missing == ["first"]  # said once, in the first cell
 
 
+@pytest.mark.slow
 def test_a_second_cell_runs_again_beside_the_first(notebook):
     place, said = notebook
     assert not said["second"]["error"], said["second"]
@@ -243,6 +245,7 @@ def test_a_second_cell_runs_again_beside_the_first(notebook):
     assert (place / "outputs/smollm2-135m-2/grpo_saved_lora/adapter_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_without_the_hub_and_laptop_py_one_line_names_the_file(notebook):
     _, said = notebook
     (line,) = [text for text in said["default"]["stderr"].splitlines() if "error: " in text]
@@ -250,6 +253,7 @@ def test_without_the_hub_and_laptop_py_one_line_names_the_file(notebook):
     assert "Traceback" not in said["default"]["stderr"]
 
 
+@pytest.mark.slow
 def test_pasted_infer_answers_or_says_which_file_it_takes(notebook):
     _, said = notebook
     assert said["infer"]["error"] == "SystemExit: 2"
@@ -258,6 +262,7 @@ def test_pasted_infer_answers_or_says_which_file_it_takes(notebook):
     assert not answered["error"] and "answer: " in answered["stdout"], answered
 
 
+@pytest.mark.slow
 def test_infer_as_a_file_beside_two_others_answers_from_the_adapter(notebook, tmp_path):
     saved = notebook[0] / "outputs/smollm2-135m/grpo_saved_lora"
     row = read_rows(saved.parent / "evaluation_after.jsonl")[0]
@@ -918,7 +923,7 @@ def test_one_process_uses_one_gpu_and_keeps_its_batch(capsys):
 
 
 def test_a_small_card_takes_smaller_batches_where_trl_keeps_the_logits():
-    options = vars(script.build_parser("").parse_args([])) | {"batch_size": 16,
+    options = vars(script.build_parser().parse_args([])) | {"batch_size": 16,
                                                               "gradient_accumulation_steps": 2}
     small = script.memory_preset(15.8, options, four_bit=False)
     assert (small["batch_size"], small["gradient_accumulation_steps"]) == (4, 8)
@@ -2018,9 +2023,9 @@ def test_documents_name_options_tests_and_files_that_exist(name):
     assert len(text.splitlines()) <= 200 and "TODO" not in text
     for file, rest in CALL.findall(text):
         words = ["1" if word == "N" else word for word in shlex.split(rest, comments=True)]
-        parser = script.build_parser("") if MAINS[file] is script else infer.build_parser()
+        parser = script.build_parser() if MAINS[file] is script else infer.build_parser()
         parser.parse_args(words)  # an unknown option would exit
-    known = {option for parser in (script.build_parser(""), infer.build_parser())
+    known = {option for parser in (script.build_parser(), infer.build_parser())
              for action in parser._actions for option in action.option_strings}
     typed = set(re.findall(r"`(--[a-z0-9-]+)(?!_)\b", text))
     assert typed <= known, typed - known
