@@ -1335,8 +1335,12 @@ def draw(run_dir: Path, stages: dict[str, list[dict]]) -> None:
         log["completions/clipped_ratio"].mul(100).plot(
             ax=lengths, color=colors[5], style="--", secondary_y=True, ylim=(0, 100),
             ylabel="dashed: cut off at the limit, %")
-    rewards.set(title="Mean rewards, each as a share of its highest", xlabel="GRPO step")
-    lengths.set(title="Completion length", xlabel="GRPO step", ylabel="mean tokens")
+        first, last = log.head(3).mean(numeric_only=True), log.tail(3).mean(numeric_only=True)
+        rewards.set_title(f"Reward {first.reward:.2f} → {last.reward:.2f} (first and last 3 steps)")
+        name = "completions/mean_length"
+        lengths.set_title(f"Answers of {first[name]:.0f} → {last[name]:.0f} tokens")
+    rewards.set(xlabel="GRPO step", ylabel="mean, as a share of its highest")
+    lengths.set(xlabel="GRPO step", ylabel="mean tokens")
     if stages:
         summaries, shown = list(map(summarise, stages.values())), list(METRICS)[:3]
         rates = pandas.DataFrame({METRICS[m]: [100 * s[m]["rate"] for s in summaries]
@@ -1344,7 +1348,9 @@ def draw(run_dir: Path, stages: dict[str, list[dict]]) -> None:
         errors = [[[100 * abs(s[m]["rate"] - s[m][end]) for s in summaries]
                    for end in ("low", "high")] for m in shown]
         rates.plot.bar(ax=accuracy, yerr=errors, color=colors, capsize=4, rot=0, ylim=(0, 103))
-        accuracy.set(title=f"{summaries[0]['n']} held-out questions, 95 % intervals", ylabel="%")
+        right = " → ".join(f"{100 * summary['strict']['rate']:.0f}" for summary in summaries)
+        accuracy.set(title=f"Strictly right: {right} % of {summaries[0]['n']} held-out questions",
+                     ylabel="%, with 95 % intervals")
     for axes in (rewards, lengths, accuracy):
         axes.spines["top"].set_visible(False)
         axes.grid(alpha=0.25)
