@@ -1325,6 +1325,17 @@ def test_compare_asks_with_and_without_the_adapter(copied, tiny_model, capsys):
     assert [line.count("answer: ") for line in shown.splitlines()].count(2) == 1  # side by side
 
 
+def test_what_an_engine_prints_stays_out_of_the_answers(workplace, tiny_model, monkeypatch, capsys):
+    def banner(*_):
+        print("Unsloth: a banner, and INFO of vLLM")
+        return lambda texts, **_: [script.Completion(xml(3), 5, False) for _ in texts]
+
+    monkeypatch.setitem(infer.ENGINES, "transformers", banner)
+    infer.main(["1 + 2?", "--model", str(tiny_model), "--json"])
+    said = capsys.readouterr()
+    assert json.loads(said.out)["answer"] == "3" and "a banner" in said.err
+
+
 def test_chat_takes_commands_and_remembers_until_reset(scripted, monkeypatch, capsys):
     said = iter(["first?", "second?", "/reset", "/nonsense", "/samples 2", "third?", "/quit"])
     monkeypatch.setattr("rich.console.Console.input", lambda *_, **__: next(said))
@@ -1687,7 +1698,7 @@ def test_the_packaged_model_is_smollm2_with_its_tokenizer(real_model, capsys):
 @pytest.mark.slow
 def test_the_real_model_learns_the_format(real_model, workplace, capsys):
     """Warm start and GRPO take strict format from nothing to most answers, in a few minutes."""
-    script.main(["--dataset", "generated", "--max-steps", "4", "--eval-questions", "32"])
+    script.main(["--dataset", "generated", "--max-steps", "3", "--eval-questions", "16"])
     assert f"model: SmolLM2-135M-Instruct from the Python package {laptop.PACKAGE}" in (
         capsys.readouterr().out)
     stages = json.loads((RUN / "evaluation.json").read_text())["stages"]
