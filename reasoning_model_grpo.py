@@ -1540,13 +1540,17 @@ def write_page(run_dir: Path) -> None:
     shown = [files[i * (len(files) - 1) // 7] for i in range(8)] if len(files) > 8 else files
     if shown:
         rows = pandas.concat([pandas.read_parquet(file).head(8) for file in shown])
-        page = rows.drop(columns=["prompt", "advantage"]).to_html(  # which escapes
-            index=False, border=0, float_format="{:g}".format)
+        first = ["step", "question", "answer", "completion"]
+        rows = rows[first + [name for name in rows if name not in (*first, "prompt", "advantage")]]
+        with pandas.option_context("display.max_colwidth", None):
+            page = rows.rename(columns=lambda name: name.removesuffix("_reward_func")).to_html(
+                index=False, border=0, float_format="{:g}".format)  # it escapes, newlines too
         write_whole(run_dir / "completions.html", f"""<!doctype html><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>Completions during training</title><style>
-body{{font:14px/1.4 system-ui,sans-serif;margin:1em}}td,th{{text-align:left;vertical-align:top;
-white-space:pre-wrap;overflow-wrap:anywhere;padding:.4em;border-bottom:1px solid #ccc}}</style>
-{page}""")
+body{{font:14px/1.4 system-ui,sans-serif;margin:1em;overflow-x:auto}}th{{font-size:11px}}
+td,th{{text-align:left;vertical-align:top;white-space:pre-wrap;padding:.4em;max-width:30em;
+border-bottom:1px solid #ccc}}td:nth-child(2),td:nth-child(4){{min-width:14em}}</style>
+{page}""".replace("\\n", "\n"))
 
 
 def export(args, base: Base, model, tokenizer) -> None:
