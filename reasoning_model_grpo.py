@@ -1575,6 +1575,9 @@ def show_plan(run: Run, parameters, source, train, test, why, rewards, weights) 
     args, n, base = run.args, run.args.num_generations, run.base
     device = f"{gpu().name}, {gpu().total_memory / 1e9:.0f} GB" if gpu() else (
         f"CPU, {torch.get_num_threads()} threads")
+    own = args.backend == "unsloth" and "gpu_memory_utilization" not in args.typed
+    share = "" if args.vllm != "colocate" else "; vLLM's share of the memory: " + (
+        "as Unsloth finds" if own else f"{args.gpu_memory_utilization:g}")
     trained = "all weights" if args.full_finetune else f"LoRA rank {args.lora_rank}"
     trained = f"adapter {base.adapter}" if base.adapter else trained
     to_warm = args.warm_start and any(row["solution"] for row in train)
@@ -1584,7 +1587,7 @@ def show_plan(run: Run, parameters, source, train, test, why, rewards, weights) 
         "recipe": args.recipe,
         "model": f"{base.name}, {parameters / 1e6:.0f} M parameters, {args.dtype}"
                  f"{', 4-bit' if args.load_in_4bit else ''}, {trained}",
-        "device": f"{device}; backend {args.backend}, since {args.why}",
+        "device": f"{device}; backend {args.backend}, since {args.why}{share}",
         "versions": ", ".join(f"{p} {v}" for p, v in run.record["versions"].items()),
         "questions": f"{source}: {len(train)} to train on, {len(test)} held out",
         "steps": f"{args.max_steps} x {completions_a_step(args) // n} questions x {n} "
