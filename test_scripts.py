@@ -767,7 +767,7 @@ BAD = [  # what is typed beside a run that would work, what the one line must sa
     (["--output-dir", "noisy.py/run"], "can't be written"),
     (["--config", "none.yaml"], "--config none.yaml"),
     (["--resume"], "start without --resume"),
-    (["--report-to", "trackio"], "pip install trackio"),
+    (["--report-to", "wandb"], "--report-to: wandb"),  # missing here, or without an account
     (["--adapter", "owner/name"], "none on the Hub"),
     (["--evaluate-only", "--adapter", "."], ". is no adapter directory"),
     (["--few-shot", "50"], "have a worked solution"),
@@ -944,6 +944,19 @@ def test_an_old_card_is_asked_in_float16_and_float32_is_refused(gpu, capsys):
     gpu(15.8, ("vllm", "unsloth"), (7, 5))
     assert script.parse_options(["--dtype", "bfloat16"]).dtype == "float16"
     assert "--dtype float16" in stopped(capsys, script.parse_options, ["--dtype", "float32"])
+
+
+def test_a_card_too_small_for_the_engine_is_named_with_the_remedy(gpu, monkeypatch, capsys):
+    def full(**_):
+        raise MemoryError("Unsloth: there is no room for the KV cache")
+
+    gpu(5.8, ("vllm", "unsloth"))
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(
+        FastLanguageModel=SimpleNamespace(from_pretrained=full)))
+    args = script.parse_options(["--recipe", "qwen-3b"])
+    assert (args.load_in_4bit, args.vllm) == (True, "colocate")  # bitsandbytes is built into vllm
+    line = stopped(capsys, script.load_unsloth, args, "base", 64, None)
+    assert "out of memory while loading base: --gpu-memory-utilization 0.4, or --vllm off" in line
 
 
 def test_a_tracker_without_an_account_is_off_or_refused(monkeypatch, capsys, tmp_path):
