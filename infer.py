@@ -277,12 +277,15 @@ def open_alone(args):
 
 
 # ---- Asking --------------------------------------------------------------------------------------
-def render(question: str, run: dict, tokenizer, turns=()) -> str:
-    """The prompt as in training; `turns` of a conversation stand before the question."""
+def render(question: str, run: dict, tokenizer, turns=(), fold: bool | None = None) -> str:
+    """The prompt as in training; `turns` of a conversation stand before the question.
+
+    `fold`: whether the chat template takes no system text, where the caller has asked already.
+    """
     prompt = build_prompt(question, run.get("format", "xml"), run.get("shots", []))
     prompt[-1:-1] = turns
     template_kwargs = run.get("chat_template_kwargs", {})
-    if refuses_system(tokenizer, template_kwargs):
+    if refuses_system(tokenizer, template_kwargs) if fold is None else fold:
         prompt = fold_system(prompt)
     return render_prompts(tokenizer, [prompt], template_kwargs)[0]
 
@@ -349,7 +352,7 @@ def answer_all(args, questions, texts, generate, fmt: str) -> None:
         print(f"in {args.jsonl}", file=sys.stderr)
 
 
-def chat(args, generate, tokenizer, run: dict, fmt: str) -> None:
+def chat(args, generate, tokenizer, run: dict, fold: bool, fmt: str) -> None:
     """Questions one after the other: the reasoning streams, dimmed, then the answer in bold."""
     from rich.console import Console
     from rich.text import Text
@@ -378,7 +381,7 @@ def chat(args, generate, tokenizer, run: dict, fmt: str) -> None:
             console.print("/samples N, /reset or /quit", style="dim")
         elif line:
             streamer = Dim(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            (row,) = ask(generate, [render(line, run, tokenizer, turns)], samples, fmt,
+            (row,) = ask(generate, [render(line, run, tokenizer, turns, fold)], samples, fmt,
                          streamer=streamer if samples == 1 else None)
             turns += [{"role": "user", "content": line},
                       {"role": "assistant", "content": row["completion"]}]
@@ -404,9 +407,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     run, questions = base.run, questions[done:]
     args.room = args.max_tokens or run.get("max_completion_length", 512)
-    texts = [render(question, run, tokenizer) for question in questions]
+    fold = refuses_system(tokenizer, run.get("chat_template_kwargs", {}))
+    texts = [render(question, run, tokenizer, fold=fold) for question in questions]
     lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
-    if refuses_system(tokenizer, run.get("chat_template_kwargs", {})):
+    if fold:
         print("this chat template takes no system text: it goes before the first question",
               file=sys.stderr)
     limit = getattr(AutoConfig.from_pretrained(base.path), "max_position_embeddings", None)
@@ -418,7 +422,7 @@ def main(argv: list[str] | None = None) -> None:
     generate = load_engine(args, base, tokenizer, dtype, max(lengths, default=0) + args.room,
                            many=len(questions) * args.samples > 1)
     if args.chat:
-        return chat(args, generate, tokenizer, run, fmt)
+        return chat(args, generate, tokenizer, run, fold, fmt)
     answer_all(args, questions, texts, generate, fmt)
 
 

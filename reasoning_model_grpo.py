@@ -215,6 +215,7 @@ def build_parser() -> OneLineParser:
     add("--hub-id", metavar="OWNER/NAME", help="where --export hub puts the adapter")
     return parser
 
+
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """The options, each with its value; `typed` names those the user gave, `why` the backend's."""
     if argv is None:  # in a notebook, sys.argv is the kernel's
@@ -746,8 +747,9 @@ def find_adapter(adapter: str) -> Path:
     files = [*place.glob("adapter_model.safetensors"), *place.glob("adapter_model.bin")]
     if not files:
         stop(f"{adapter} holds no adapter weights (adapter_model.safetensors)")
-    if files[0].read_bytes()[:16] == b"version https://":
-        stop(f"{files[0]} is a Git LFS pointer, no weights: git lfs pull")
+    with files[0].open("rb") as file:
+        if file.read(16) == b"version https://":
+            stop(f"{files[0]} is a Git LFS pointer, no weights: git lfs pull")
     return place
 
 
