@@ -48,24 +48,26 @@ def in_child(what: str, function, *given):
         stop(f"{what}: its process was killed; is the memory too small?")
 
 
-def train(way: str, length: int, args, path: str) -> list[dict]:
-    """A row for each step but the first."""
+def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0) -> list[dict]:
+    """A row for each step but the first, of four groups, with `shots` examples in each prompt."""
     import torch
     from peft import LoraConfig
     from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    batch, group = ("4", "4") if args.small else ("16", "8")
+    batch, more, group = (4, 2, 4) if args.small else (16, max(1, group // 4), group)
     options = script.parse_options([
         "--recipe", "smollm2-135m", "--model", path, "--backend", "transformers", "--vllm", "off",
         "--reward-funcs", "correctness_reward_func", "strict_format_reward_func", "--batch-size",
-        batch, "--num-generations", group, "--max-prompt-length", "1000", "--eval-steps", "0",
+        str(batch), "--gradient-accumulation-steps", str(more), "--num-generations", str(group),
+        "--max-prompt-length", "1000", "--eval-steps", "0",
         "--max-steps", f"{args.steps + 1}",
         "--set", f'generation_kwargs={{"min_new_tokens": {length}}}'])
     base = script.find_base(path, None, True)
     tokenizer = script.load_tokenizer(base)
     rows = script.to_questions(laptop.generate_questions(200), ["question"], "answer", "generated")
-    rows = script.add_prompts(rows, (), options, tokenizer, "training")
+    examples = [(row["question"], script.worked(row, options.format)) for row in rows[:shots]]
+    rows = script.add_prompts(rows[shots:], examples, options, tokenizer, "training")
     work = tempfile.TemporaryDirectory(prefix="benchmark-")
     config, lora = script.grpo_config(options, Path(work.name), length, [1.0, 1.0]), None
     if way == SUITE:
@@ -110,6 +112,7 @@ def train(way: str, length: int, args, path: str) -> list[dict]:
     same = {"": way, "length": length, "peak GB": script.peak_memory_gb(),
             "tokens": length * config.generation_batch_size,
             "attention": trainer.model.config._attn_implementation,
+            "group": group, "prompt": sum(row["tokens"] for row in rows) / len(rows),
             "dtype": str(trainer.model.get_input_embeddings().weight.dtype)}
     counted = [marks[i : i + 4] for i in range(4, len(marks), 4)]  # the first step is not
     return [same | {"step": end - begun, "generation": done - asked,

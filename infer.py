@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 from rewards import (
     FORMATS, OneLineParser, answer_block, build_prompt, choose_backend, complete_with_vllm,
-    fold_system, number, printable, refuses_system, render_prompts, stop, vote,
+    fold_system, max_lora_rank, number, printable, refuses_system, render_prompts, stop, vote,
 )
 
 CHUNK = 64  # questions answered before they are shown and written
@@ -173,7 +173,7 @@ def with_vllm(args, base, tokenizer, dtype: str, room: int):
 
     options = {"dtype": dtype, "max_model_len": room, "use_tqdm_on_load": False}
     if base.adapter:
-        options |= {"enable_lora": True, "max_lora_rank": lora_rank(base.adapter)}
+        options |= {"enable_lora": True, "max_lora_rank": max_lora_rank(base.adapter)}
     if not torch.cuda.is_available():
         # One process starts in 3 s instead of 15; compiling costs 70 s or more, gains nothing;
         # without a size of its own the cache asks for more memory than there is.
@@ -205,7 +205,7 @@ def with_unsloth(args, base, tokenizer, dtype: str, room: int):
     model, _ = FastLanguageModel.from_pretrained(
         model_name=str(base.adapter or base.path), fast_inference=True,
         dtype=getattr(torch, dtype), load_in_4bit=four_bit, load_in_16bit=not four_bit,
-        max_seq_length=room, max_lora_rank=lora_rank(base.adapter) if base.adapter else 16)
+        max_seq_length=room, max_lora_rank=max_lora_rank(base.adapter or base.path))
     return engine_of(args, tokenizer, model.fast_generate, lambda: model.load_lora(
         str(base.adapter)) if base.adapter else None)
 
@@ -220,12 +220,6 @@ def engine_of(args, tokenizer, generate, lora):
 
 
 ENGINES = {"transformers": with_transformers, "vllm": with_vllm, "unsloth": with_unsloth}
-
-
-def lora_rank(adapter: Path) -> int:
-    """The smallest rank that vLLM has kernels for and that holds this adapter."""
-    rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
-    return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank)
 
 
 def load_engine(args, base, tokenizer, dtype: str, room: int, many: bool):

@@ -51,8 +51,8 @@ from typing import NamedTuple
 from rewards import (
     FORMATS, REWARD_FUNCS, Completion, OneLineParser, answer_fault, build_prompt, choose_backend,
     complete_with_vllm, completion_text, did_you_mean, extract_hash_answer, fold_system,
-    format_fault, is_correct, number, parse_number, printable, refuses_system, render_prompts, stop,
-    vote,
+    format_fault, is_correct, max_lora_rank, number, parse_number, printable, refuses_system,
+    render_prompts, stop, vote,
 )
 
 
@@ -524,7 +524,10 @@ def load_questions(args, train=None, test=None) -> tuple[str, list[dict], list[d
     kept = [row for row in train if " ".join(row["question"].split()).casefold() not in same]
     if len(kept) < len(train):
         print(f"{len(train) - len(kept)} training questions left out: they are held out, too")
-    return name, kept[: args.max_examples], test
+    kept = kept[: args.max_examples]
+    if name != "generated":  # files are sorted, and the warm start and validation take a part
+        random.Random(args.seed).shuffle(kept)
+    return name, kept, test
 
 
 def hub_rows(args, split: str, needed: bool) -> list[dict]:
@@ -898,7 +901,6 @@ def load_unsloth(args, path: str, limit: int, tokenizer):
     """A saved adapter, or a fresh one on the base, through Unsloth, its vLLM engine inside."""
     from unsloth import FastLanguageModel
 
-    rank = next((r for r in (8, 16, 32, 64, 128, 256) if r >= args.lora_rank), 512)  # vLLM's ranks
     less = max(0.1, args.gpu_memory_utilization - 0.1)
     lacking = f"while loading {path}: --gpu-memory-utilization {less:.2g}, or --vllm off"
     with one_line(None, lacking), redirect_stdout(io.StringIO()):  # banners
@@ -906,7 +908,8 @@ def load_unsloth(args, path: str, limit: int, tokenizer):
             model_name=path, dtype=getattr(torch, args.dtype), random_state=args.seed,
             max_seq_length=args.max_prompt_length + limit, load_in_4bit=args.load_in_4bit,
             load_in_16bit=not args.load_in_4bit, fast_inference=args.vllm == "colocate",
-            max_lora_rank=rank, gpu_memory_utilization=args.gpu_memory_utilization)
+            max_lora_rank=max_lora_rank(path, args.lora_rank),
+            gpu_memory_utilization=args.gpu_memory_utilization)
     if its_own.pad_token in tokenizer.get_vocab():
         # Unsloth finds padding by its id: where that also ends a turn, the ends would be dropped.
         tokenizer.pad_token = its_own.pad_token
@@ -960,6 +963,9 @@ def checked(func, label: str, fmt: str, keep: bool):
         # Beside the completions that TRL keeps.
         for name in ("question", "answer") if keep and "log_extra" in columns else ():
             columns["log_extra"](name, columns[name])
+        if keep and "log_metric" in columns:  # different texts, as a share of all
+            pairs = {(str(p), completion_text(c)) for p, c in zip(prompts, completions)}
+            columns["log_metric"]("variety", len(pairs) / len(completions))
         return values
 
     reward.__name__ = getattr(func, "__name__", label)  # TRL plots rewards/{__name__}
@@ -1064,6 +1070,13 @@ def run_trainer(kind, config, place: Path, a_step: int = 0, **how):
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(watch)
     trainer.create_model_card = lambda *_, **__: None  # its text knows nothing of this run
+    write, keep = trainer.log, getattr(trainer, "log_completions", False)
+
+    def log(logs, *given):  # a validation's completions would replace those of the step
+        trainer.log_completions = keep and "loss" in logs
+        write(logs, *given)
+
+    trainer.log = log
     half, twice = config.per_device_train_batch_size // 2, config.gradient_accumulation_steps * 2
     less = f"--batch-size {half} --gradient-accumulation-steps {twice}" if half else (
         f"--max-completion-length {getattr(config, 'max_completion_length', 512) // 2}")

@@ -15,10 +15,12 @@ It does not evaluate arithmetic in answers, read numbers in words, or grade anyt
 
 import argparse
 import difflib
+import json
 import re
 import sys
 from collections import Counter
 from decimal import Context, Decimal
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 
@@ -460,6 +462,15 @@ def number(kind, low, inclusive=True, below=float("inf")):
 
     read.__name__ = kind.__name__
     return read
+
+
+def max_lora_rank(path: str | Path, fresh: int = 16) -> int:
+    """The smallest rank that vLLM has kernels for and that holds the adapter in the directory
+    `path`, or a `fresh` one where there is none."""
+    file = Path(path) / "adapter_config.json"
+    record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"r": fresh}
+    rank = max(record["r"], *(record.get("rank_pattern") or {}).values(), 1)
+    return next((size for size in (8, 16, 32, 64, 128, 256, 320) if size >= rank), 512)
 
 
 def choose_backend(wanted: str, vllm: str, gpu: bool, packages: set[str], *, alone: bool = True,

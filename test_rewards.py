@@ -690,6 +690,15 @@ def test_errors_are_one_line_and_name_the_nearest_option(capsys):
     assert one_error_line(capsys) == "error: a [31m b c\n"
 
 
+@pytest.mark.parametrize("record, rank", [
+    (None, 64), ({"r": 8}, 8), ({"r": 64, "rank_pattern": {}}, 64), ({"r": 65}, 128),
+    ({"r": 300}, 320), ({"r": 16, "rank_pattern": {"q_proj": 24}}, 32), ({"r": 400}, 512)])
+def test_the_engine_holds_the_adapter_that_is_there(record, rank, tmp_path):
+    if record:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(record))
+    assert rewards.max_lora_rank(str(tmp_path), fresh=50) == rank
+
+
 # ---- Benchmark -----------------------------------------------------------------------------------
 def benchmark(n: int = 400) -> None:
     """Completions a second, on perfect, wrong, inline and unformatted completions in turn."""

@@ -316,6 +316,7 @@ def test_a_run_leaves_all_that_was_promised_and_no_more(trained):
     steps = [row for row in read_rows(run / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2]
     assert all("rewards/vowels/mean" in row and row["tokens_per_second"] > 0 for row in steps)
+    assert all(row["variety"] in (0.25, 0.5, 0.75, 1) for row in steps)
     assert (run / "progress.png").read_bytes()[:4] == b"\x89PNG"
     stages = json.loads((run / "evaluation.json").read_text())["stages"]
     assert list(stages) == ["before", "after warm start", "after GRPO"]
@@ -606,6 +607,10 @@ def test_the_best_validated_adapter_is_kept(
                           "--eval-questions", "0", reward=f"noisy.py:{reward}"))
     assert f"kept: {kept}" in capsys.readouterr().out
     assert same_weights(SAVED, RUN / equal)
+    for step in (1, 2, 3):  # what was trained on, not what was validated after it
+        file = RUN / f"completions/completions_{step:05d}.parquet"
+        rows = script.pandas.read_parquet(file)
+        assert len(rows) == 4 and rows["question"].nunique() == 1, rows[["step", "question"]]
 
 
 def test_statistics_match_published_values():
@@ -1113,6 +1118,17 @@ def test_the_evaluation_file_has_columns_of_its_own(workplace, capsys):
     assert "held.jsonl has no column 'question'; it has input" in stopped(capsys, load, *ask)
     train, test = load(*ask, "--eval-question-column", "input", "--eval-answer-column", "target")
     assert len(train) == 40 and [(r["question"], r["answer"]) for r in test] == [("held", "5")]
+
+
+def test_a_sorted_file_is_mixed_by_the_seed(workplace):
+    """The warm start and the validation each take a part of it."""
+    known = [r["question"] for r in read_rows("data.jsonl")]
+    Path("held.jsonl").write_text(lines([{"question": "held", "answer": 5}]))
+    ask = ["--dataset", "data.jsonl", "--eval-dataset", "held.jsonl"]
+    first, again, other, fewer = ([row["question"] for row in load(*ask, *more)[0]] for more in (
+        [], [], ["--seed", "1"], ["--max-examples", "9"]))
+    assert first == again != known and first != other and sorted(first) == sorted(known)
+    assert sorted(fewer) == sorted(known[:9])
 
 
 VALUES = st.recursive(
