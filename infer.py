@@ -265,7 +265,8 @@ def open_alone(args):
         run = json.loads((place / "args.json").read_text(encoding="utf-8"))
     path = args.model or json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))[
         "base_model_name_or_path"]
-    tokenizer = AutoTokenizer.from_pretrained(str(place or path), padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(str(place or path), padding_side="left",
+                                              trust_remote_code=False)
     base = SimpleNamespace(path=path, name=path, adapter=place, run=run)
     return base, tokenizer, args.dtype or run.get("dtype", "bfloat16")
 
@@ -304,7 +305,7 @@ def show(row: dict, many: bool) -> None:
     from rich.table import Table
 
     if many:
-        print(f"\n> {row['question']}")
+        print(f"\n> {printable(row['question'])}")
     if "without_adapter" not in row:
         return print(f"{printable(row['reasoning'])}\n{answer_line(row)}", flush=True)
     sides, table = (row, row["without_adapter"]), Table("with the adapter", "without it")
@@ -407,7 +408,11 @@ def main(argv: list[str] | None = None) -> None:
     if fold:
         print("this chat template takes no system text: it goes before the first question",
               file=sys.stderr)
-    limit = getattr(AutoConfig.from_pretrained(base.path), "max_position_embeddings", None)
+    try:
+        config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)  # else it asks
+    except (OSError, ValueError) as problem:
+        stop(f"{base.path} is no model that can be loaded: {problem}")
+    limit = getattr(config, "max_position_embeddings", None)
     for question, length in zip(questions, lengths):
         if limit and length + args.room > limit:
             stop(f"too long: {length} tokens and --max-tokens {args.room} exceed the model's "

@@ -421,15 +421,16 @@ def merge_adapter(model, saved: Path) -> bool:
         return False
     try:
         weights = load_file(file)
-    except Exception:  # no such file, or no safetensors: PEFT takes it or says why
+        scale = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
+    except Exception:  # no such file, no safetensors, no numbers: PEFT takes it or says why
         return False
-    scale = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
     modules = {f"base_model.model.{name}": module for name, module in model.named_modules()
                if type(module) is torch.nn.Linear}
     names = {name.rpartition(".lora_")[0] for name in weights}
     pairs = {name: [weights.get(f"{name}.lora_{x}.weight") for x in "AB"] for name in names}
     fits = len(weights) == 2 * len(names) and all(
-        a is not None and b is not None and name in modules
+        a is not None and b is not None and name in modules and a.ndim == 2 == b.ndim
+        and a.isfinite().all() and b.isfinite().all()
         and modules[name].weight.shape == (len(b), a.shape[1]) and len(a) == config["r"]
         for name, (a, b) in pairs.items())
     targets = config.get("target_modules")

@@ -32,6 +32,7 @@ import os
 import random
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -138,16 +139,23 @@ def build_parser() -> OneLineParser:
     def how_many(text: str):
         return text if text == "all" else many(text)
 
+    def path(text: str) -> str:
+        if not text or max(map(len, os.fsencode(text).split(b"/"))) > 255 or "\0" in text:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r}... is no name a file can have")
+        return text
+
     count, many, flag = number(int, 1), number(int, 0), argparse.BooleanOptionalAction
-    share, positive = number(float, 0), number(float, 0, inclusive=False)
-    part, finite = number(float, 0, inclusive=False, below=1), number(float, -math.inf, False)
+    share, finite = number(float, 0), number(float, -math.inf, False)
+    part = number(float, 0, inclusive=False, below=1)
     parser = OneLineParser(description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to train").add_argument
     add("--recipe", choices=RECIPES, help="default: qwen-3b on a GPU, else smollm2-135m")
-    add("--config", metavar="FILE.yaml", help="options from a file; the command line wins")
-    add("--model", "--model-name", help="Hub id, local directory or .gguf file")
-    add("--adapter", metavar="DIR", help="or OWNER/NAME: go on with (or only measure, export) it")
+    add("--config", type=path, metavar="FILE.yaml",
+        help="options from a file; the command line wins")
+    add("--model", "--model-name", type=path, help="Hub id, local directory or .gguf file")
+    add("--adapter", type=path, metavar="DIR",
+        help="or OWNER/NAME: go on with (or only measure, export) it")
     add("--chat-template", choices=("own", "plain"), default="own", help="plain: has none itself")
     add("--chat-template-kwargs", type=json.loads, default={}, metavar="JSON")
     add("--backend", choices=("auto", "transformers", "unsloth"), default="auto")
@@ -157,15 +165,17 @@ def build_parser() -> OneLineParser:
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
     add("--load-in-4bit", action=flag, default=False, help="QLoRA through bitsandbytes")
     add("--attn-implementation", default="auto", help="auto: FlashAttention 2 where installed")
-    add("--lora-rank", type=count, default=16)
-    add("--lora-alpha", type=positive, default=16)
+    add("--lora-rank", type=number(int, 1, below=4097), default=16)
+    add("--lora-alpha", type=number(float, 0, inclusive=False, below=1e6), default=16)
     add("--lora-dropout", type=number(float, 0, below=1), default=0.0)
     add("--lora-targets", nargs="+", default=LINEAR, metavar="MODULE", help="or all-linear")
     add("--full-finetune", action=flag, default=False, help="train all weights, no adapter")
     add = parser.add_argument_group("on which questions").add_argument
-    add("--dataset", help=f"{GSM8K} (the default), another Hub id, a file or folder, or generated")
+    add("--dataset", type=path,
+        help=f"{GSM8K} (the default), another Hub id, a file or folder, or generated")
     add("--dataset-config", help="of the Hub data set (GSM8K: main)")
-    add("--eval-dataset", metavar="FILE", help="held out; default: the test split, else a tenth")
+    add("--eval-dataset", type=path, metavar="FILE",
+        help="held out; default: the test split, else a tenth")
     add("--question-column", nargs="+", default=["question"], help="several are joined")
     add("--answer-column", default="answer", help="the gold number, alone or after ####")
     add("--eval-question-column", nargs="+", help="of --eval-dataset, where it has other names")
@@ -177,23 +187,25 @@ def build_parser() -> OneLineParser:
     add("--few-shot", type=many, default=0, metavar="N", help="worked examples in every prompt")
     add = parser.add_argument_group("how to train").add_argument
     add("--max-steps", type=count, default=100)
-    add("--learning-rate", type=positive, default=5e-6)
+    add("--learning-rate", type=part, default=5e-6)
     add("--batch-size", type=count, default=8, help="completions a device and forward pass")
     add("--gradient-accumulation-steps", type=count, help="default: the fewest that hold a group")
     add("--num-generations", type=number(int, 2), default=8, help="group: completions a question")
     add("--max-completion-length", type=count, help="tokens; default: as worked solutions need")
-    add("--temperature", type=positive, default=1.0, help="of the rollouts; best left at 1")
+    add("--temperature", type=number(float, 0.01, below=100), default=1.0,
+        help="of the rollouts; best left at 1")
     add("--beta", type=share, default=0.0, help="KL weight, 0 = no reference model")
     add("--loss-type", choices=LOSS_TYPES, default="dapo")
     add("--scale-rewards", choices=("group", "batch", "none"), default="group",
         help="advantages in units of the spread in a group or batch, or as they are")
-    add("--reward-funcs", nargs="+", metavar="NAME", help="of rewards.py, or FILE.py:function")
+    add("--reward-funcs", nargs="+", type=path, metavar="NAME",
+        help="of rewards.py, or FILE.py:function")
     add("--reward-weights", nargs="+", type=finite, metavar="W", help="default: 1 each")
     add("--warm-start", type=many, default=0, metavar="N", help="supervised steps first, 0 = off")
-    add("--warm-start-learning-rate", type=positive, default=5e-4, help="falls linearly to zero")
+    add("--warm-start-learning-rate", type=part, default=5e-4, help="falls linearly to zero")
     add("--pick", type=many, default=0, help="try N questions, keep those whose rewards differ")
     add("--strict-start", action=flag, default=False, help="stop if no reward differs at the start")
-    add("--seed", type=many, default=0)
+    add("--seed", type=number(int, 0, below=2**32), default=0)  # numpy takes no more
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="of GRPOConfig")
     add = parser.add_argument_group("what to measure").add_argument
     add("--eval-questions", type=how_many, default=200, metavar="N|all", help="0 = none")
@@ -203,7 +215,8 @@ def build_parser() -> OneLineParser:
     add("--evaluate-only", action=flag, default=False, help="measure --model or --adapter only")
     add("--samples", type=count, default=1, metavar="K", help="with --evaluate-only: maj@K, pass@K")
     add = parser.add_argument_group("where it goes").add_argument
-    add("--output-dir", metavar="DIR", help="default: outputs/RECIPE; a taken one gets a number")
+    add("--output-dir", type=path, metavar="DIR",
+        help="default: outputs/RECIPE; a taken one gets a number")
     add("--save-steps", type=count, default=50, help="a checkpoint every N steps")
     add("--resume", action=flag, default=False, help="go on with the newest run or --output-dir's")
     add("--report-to", choices=("none", "trackio", "wandb", "tensorboard"), default="none")
@@ -239,6 +252,9 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         made = read_run(Path(given.adapter), Path(given.adapter).parent).get("options", {})
         kept = {"format", "chat_template", "chat_template_kwargs", "max_completion_length", "dtype",
                 "load_in_4bit", "few_shot"} & made.keys()
+        strict = build_parser()  # what others wrote is checked as what is typed
+        strict.error = lambda fault: stop(f"args.json of the adapter {given.adapter}: {fault}")
+        made = vars(strict.parse_args(as_words({name: made[name] for name in kept})))
         parser.set_defaults(warm_start=0, **{name: made[name] for name in kept})
     parser.set_defaults(**was.get("options", {}))
     args = parser.parse_args(argv)
@@ -277,7 +293,8 @@ def fill_in(args, typed: set[str]) -> None:
     args.dataset = args.dataset or GSM8K
     args.dtype = choose_dtype(args.dtype, args.backend)
     args.report_to = usable_tracker(args.report_to, "report_to" in typed)
-    args.lora_targets = [t for word in args.lora_targets for t in word.split(",") if t]
+    args.lora_targets = [t for word in args.lora_targets for t in word.split(",") if t] or stop(
+        "--lora-targets names no module")
     if args.gradient_checkpointing is None:  # a CPU has the memory and lacks the time
         args.gradient_checkpointing = bool(gpu())
     if not args.reward_weights or "reward_funcs" in typed and "reward_weights" not in typed:
@@ -288,7 +305,8 @@ def fill_in(args, typed: set[str]) -> None:
         args.gradient_accumulation_steps = fewest * math.ceil(
             (args.gradient_accumulation_steps or 1) / fewest)
     if args.eval_steps is None:  # five times 64 completions, against a tenth of those of training
-        cheap = args.max_steps >= 20 and args.max_steps * completions_a_step(args) >= 3200
+        cheap = (args.max_steps >= 20 and "save_steps" not in args.typed
+                 and args.max_steps * completions_a_step(args) >= 3200)
         args.eval_steps = math.ceil(args.max_steps / 4) if cheap else 0
 
 
@@ -324,6 +342,9 @@ def check_options(args) -> None:
          "--export gguf is Unsloth's; else --export merged, then llama.cpp's converter"),
         (full and (args.adapter or args.export),
          "--full-finetune has no adapter: leave out --adapter and --export"),
+        (args.eval_steps and "save_steps" in args.typed and args.save_steps != args.eval_steps,
+         f"--eval-steps {args.eval_steps} saves as often, for the best adapter is a saved one: "
+         "leave out --save-steps"),
         ("true" in launched,
          "FSDP and DeepSpeed shard the weights, which saving doesn't gather: launch --multi_gpu"),
         (half, "training in float16 needs a GPU and LoRA: take --dtype float32 or bfloat16"),
@@ -339,13 +360,17 @@ def check_options(args) -> None:
 
 def read_config(path: str) -> list[str]:
     """A YAML file of options as a command line, so that both are checked alike."""
-    argv = []
     with one_line(f"--config {path} is no table of `option: value` lines"):
-        for name, value in (yaml.safe_load(Path(path).read_text("utf-8-sig")) or {}).items():
-            name = str(name).replace("_", "-")
-            argv.append(f"--no-{name}" if value is False else f"--{name}")
-            values = value if isinstance(value, list) else [value] * (not isinstance(value, bool))
-            argv += [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]
+        return as_words(yaml.safe_load(Path(path).read_text("utf-8-sig")) or {})
+
+
+def as_words(options: dict) -> list[str]:
+    argv = []
+    for name, value in options.items():
+        name = str(name).replace("_", "-")
+        argv.append(f"--no-{name}" if value is False else f"--{name}")
+        values = value if isinstance(value, list) else [value] * (not isinstance(value, bool))
+        argv += [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]
     return argv
 
 
@@ -466,7 +491,7 @@ def quiet_libraries() -> None:
     if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-                   "HF_HUB_DISABLE_TELEMETRY": "1"}
+                   "HF_HUB_DISABLE_TELEMETRY": "1", "DATASETS_VERBOSITY": "critical"}
     warnings.filterwarnings("ignore")
     for name in ("bitsandbytes", "trl", "datasets", "huggingface_hub", "accelerate", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -503,12 +528,15 @@ def load_questions(args, train=None, test=None) -> tuple[str, list[dict], list[d
     elif train is None and name != "generated":
         may_swap = "dataset" not in args.typed and name == GSM8K
         train, test = hub_rows(args, "train", not may_swap), hub_rows(args, "test", False)
-        if not train:
+        if may_swap and not train:
             print(f"questions: generated word problems, since the Hub can't be reached for {name}")
-    if not train:
-        name, generate = "generated", laptop("generating questions").generate_questions
+            name = "generated"
+    if name == "generated":
+        generate = laptop("generating questions").generate_questions
         train = generate(args.max_examples or 2000, args.seed)
         test = generate(1000, args.seed, "test")
+    if not train:
+        stop(f"{name} holds no rows: give one object a question")
     columns = args.question_column, args.answer_column
     train = to_questions(train, *columns, name, args.skip_bad)
     if args.eval_dataset:
@@ -556,7 +584,7 @@ def read_file(path: Path) -> list[dict]:
     """The rows of one file; ValueError names the row that is malformed."""
     kind, *_ = [*(s for s in map(str.lower, reversed(path.suffixes)) if s != ".gz"), ""]
     if kind == ".parquet":
-        return pandas.read_parquet(path).to_dict("records")
+        return pandas.read_parquet(path).to_dict("records") or stop(f"{path} holds no rows")
     unpack = gzip.open if path.suffix.lower() == ".gz" else open
     with unpack(path, "rt", encoding="utf-8-sig", newline="") as file:
         if kind in (".csv", ".tsv"):
@@ -726,8 +754,10 @@ def find_base(model: str | None, adapter: str | None, named: bool) -> Base:
     if adapter is None:
         return Base(*find_model(model, named), None, read_run(Path(model)))
     place = find_adapter(adapter)
-    with one_line(f"{place / 'adapter_config.json'} is no JSON"):
-        record = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
+    record = read_record(place / "adapter_config.json", base_model_name_or_path=str, r=int,
+                         lora_alpha=(int, float))
+    if (record.get("r", 8) or 0) < 1:
+        stop(f"{place / 'adapter_config.json'} names no rank r; is it damaged?")
     run = read_run(place, place.parent)
     recorded = run.get("base_model") or record.get("base_model_name_or_path") or ""
     if not (named or recorded):
@@ -747,7 +777,8 @@ def find_adapter(adapter: str) -> Path:
                 adapter, ignore_patterns=["*.bin", "checkpoint-*"]))
     if not (place / "adapter_config.json").is_file():
         stop(f"{adapter} is no adapter directory: it has no adapter_config.json")
-    files = [*place.glob("adapter_model.safetensors"), *place.glob("adapter_model.bin")]
+    files = [place / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
+    files = [path for path in files if path.is_file()]
     if not files:
         stop(f"{adapter} holds no adapter weights (adapter_model.safetensors)")
     with files[0].open("rb") as file:
@@ -759,7 +790,25 @@ def find_adapter(adapter: str) -> Path:
 def read_run(*directories: Path) -> dict:
     """args.json of the run that made what lies in the first that has one; else {}."""
     found = [path / "args.json" for path in directories if (path / "args.json").is_file()]
-    return json.loads(found[0].read_text(encoding="utf-8")) if found else {}
+    kinds = {"options": dict, "base_model": str, "shots": list, "max_completion_length": int,
+             "recipe": str, "typed": list, "steps": int}
+    run = read_record(found[0], **kinds) if found else {}
+    shots = run.get("shots") or []
+    if not all(isinstance(shot, list) and [*map(type, shot)] == [str, str] for shot in shots):
+        stop(f"{found[0]} can't be used: its shots are no pairs of texts; is it damaged?")
+    return run
+
+
+def read_record(path: Path, **kinds) -> dict:
+    """A JSON object from a file, whose values are of these kinds where they are given."""
+    with one_line(f"{path} can't be used; is it damaged?"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError("it is no JSON object")
+        for name, kind in kinds.items():
+            if not isinstance(record.get(name), (kind, type(None))):
+                raise ValueError(f"{name} is {record[name]!r}")
+    return record
 
 
 def find_model(name: str, named: bool = True) -> tuple[str, str]:
@@ -798,14 +847,16 @@ def load_tokenizer(base: Base, template: str = "own"):
     own = base.adapter and (base.adapter / "tokenizer_config.json").is_file()
     path = str(base.adapter if own else base.path)
     with one_line(f"{path} has no tokenizer that can be loaded"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, padding_side="left")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            path, padding_side="left", trust_remote_code=False)  # else it asks
     if template == "plain":
         tokenizer.chat_template = PLAIN_TEMPLATE
     if tokenizer.chat_template is None:
         stop(f"{path} has no chat template: take an -Instruct model, or --chat-template plain")
     # TRL knows one end token, and some models end a turn with another one than their tokenizer's.
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    tail = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("b")[2]
+    with one_line(f"the chat template of the model {path} fails"):
+        tail = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("b")[2]
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     ends = [token for token in tokenizer.tokenize(tail) if token in special]
     tokenizer.eos_token = ends[0] if ends else tokenizer.eos_token
@@ -817,7 +868,7 @@ def load_tokenizer(base: Base, template: str = "own"):
 def check_model(args, base: Base) -> tuple[int, int | None]:
     """(parameters, context in tokens) of a model without weights; stops at wrong LoRA targets."""
     with one_line(f"{base.name} is no chat model that can be loaded"), torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(base.path)
+        config = transformers.AutoConfig.from_pretrained(base.path, trust_remote_code=False)
         model = transformers.AutoModelForCausalLM.from_config(config)
     kinds = torch.nn.Linear, transformers.Conv1D
     names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
@@ -892,6 +943,8 @@ def put_adapter(model, saved: Path, **how):
     if len(fit) < max(len(weights), len(own)):
         stop(f"{len(fit)} of the {len(weights)} tensors of {saved} fit this model, which takes "
              f"{len(own)}: it was made for another base, or its names are not PEFT's")
+    if not all(value.isfinite().all() for value in weights.values()):
+        stop(f"the adapter {saved} holds values that are no finite numbers")
     if not any(value.any() for name, value in weights.items() if "lora_A" not in name):
         stop(f"the adapter {saved} changes nothing: its weights are zero")
     return model
@@ -936,14 +989,18 @@ def find_reward(name):
              f"{', '.join(REWARD_FUNCS)}, or write FILE.py:function")
     if not Path(file).is_file():
         stop(f"reward {name}: no file {file}; write FILE.py:function")
-    with one_line(f"reward {name}: {file} fails"):
+    try:
         found = runpy.run_path(file).get(function)
+    except (Exception, SystemExit) as problem:
+        stop(f"reward {name}: {file} fails with {type(problem).__name__}: {problem}")
     return found if callable(found) else stop(f"reward {name}: {file} has no function {function}")
 
 
 def checked(func, label: str, fmt: str, keep: bool):
     """A reward whose every call is checked: a fault in it must not look like a bad model."""
-    extra = {"fmt": fmt} if "fmt" in inspect.signature(func).parameters else {}
+    extra = {}
+    with suppress(ValueError):  # what is written in C may have none
+        extra = {"fmt": fmt} if "fmt" in inspect.signature(func).parameters else {}
 
     def reward(prompts, completions, **columns) -> list[float | None]:
         try:
@@ -952,7 +1009,7 @@ def checked(func, label: str, fmt: str, keep: bool):
                 with ThreadPoolExecutor(1) as pool:
                     values = pool.submit(asyncio.run, values).result()
             values = [v if v is None or isinstance(v, str) else float(v) for v in values]
-        except Exception as problem:
+        except (Exception, SystemExit) as problem:
             stop(f"reward {label} fails with {type(problem).__name__}: {problem}")
         if len(values) != len(completions):
             stop(f"reward {label} returned {len(values)} values for {len(completions)} completions")
@@ -1052,19 +1109,28 @@ def use_one_gpu(config):
 
 def as_dataset(rows: list[dict]):
     """Rows as TRL takes them, with each column of one kind of value: it promises all to rewards."""
+    def fits(name: str) -> bool:
+        with suppress(Exception):  # Arrow raises many kinds
+            return bool(datasets.Dataset.from_dict({name: [row.get(name) for row in rows]}))
+        return False
+
     taken = {"text", "tokens", "solution", "completions", "trainer_state", "image", "images"}
     rows = [{name: float(value) if isinstance(value, Decimal) else value
              for name, value in row.items() if name not in taken} for row in rows]
     mixed = {name for row in rows for name in row
              if type(row[name]) is not type(rows[0].get(name)) and name != "prompt"}
+    mixed |= {name for name in rows[0] if not fits(name)}
     if mixed:
-        print(f"columns of mixed kinds, which rewards don't get: {', '.join(sorted(mixed))}")
+        names = printable(", ".join(sorted(mixed)))
+        print(f"columns of mixed kinds, which rewards don't get: {names}")
     return datasets.Dataset.from_list([{n: row[n] for n in row if n not in mixed} for row in rows])
 
 
 def run_trainer(kind, config, place: Path, a_step: int = 0, **how):
     """Train from the newest checkpoint in `place`, if any; (trainer, the Watch that saw it)."""
-    trainer, last = kind(args=config, **how), newest(place)
+    last = newest(place)
+    with one_line(f"{kind.__name__} refuses these options"):
+        trainer = kind(args=config, **how)
     # Made here, when transformers may be imported.
     watch = type("WatchCallback", (Watch, transformers.TrainerCallback), {})(place, a_step)
     trainer.remove_callback(transformers.PrinterCallback)
@@ -1088,7 +1154,15 @@ def run_trainer(kind, config, place: Path, a_step: int = 0, **how):
 def newest(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a trainer: its state is written last."""
     found = [path.parent for path in run_dir.glob("checkpoint-*/trainer_state.json")]
-    return max(found, key=step_of, default=None)
+    last = max(found, key=step_of, default=None)
+    readers = {"trainer_state.json": lambda path: json.loads(path.read_text(encoding="utf-8")),
+               "optimizer.pt": partial(torch.load, mmap=True, weights_only=True),
+               "adapter_model.safetensors": lambda path: peft.load_peft_weights(str(path.parent))}
+    for name, read in readers.items() if last else ():
+        if (last / name).is_file():
+            with one_line(f"{last / name} is damaged: remove {last}, and --resume goes on without"):
+                read(last / name)
+    return last
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -1298,7 +1372,7 @@ def sample_rollouts(run: Run, model, rewards, weights, rows, adapter) -> list[di
     """
     args, path, n = run.args, run.dir / "picked.json", run.args.num_generations
     if args.pick and path.is_file():  # by the main process, or before the run was broken off
-        picked = set(json.loads(path.read_text(encoding="utf-8"))["questions"])
+        picked = set(read_record(path, questions=list)["questions"])
         return [row for row in rows if row["question"] in picked]
     if not (args.pick or is_main_process()):
         return rows
@@ -1481,8 +1555,9 @@ def write_whole(path: Path, content: str | dict | list[dict]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.split("\n") if line]  # splitlines() knows U+2028
+    with one_line(f"{path} is damaged: remove it, and what it holds is made again"):
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        return [json.loads(line) for line in text.split("\n") if line]  # splitlines(): U+2028 too
 
 
 def find_run(output_dir: str | None) -> Path:
@@ -1625,15 +1700,15 @@ def finish(run: Run, saved: Path, rows: list[dict], begun: float) -> None:
         report(stages, run.dir / "evaluation.json")
         old, new = list(stages.values())[0], list(stages.values())[-1]
         old, new = max(zip(old, new), key=lambda pair: pair[1]["strict"] - pair[0]["strict"])
-        print(f"\nquestion: {old['question']} (gold: {old['gold']})")
+        print(f"\nquestion: {printable(old['question'])} (gold: {old['gold']})")
         for name, row in (("before", old), ("after", new)):
             mark = "right" if row["strict"] else "wrong"
             print(f"--- {name} ({mark})\n{printable(row['completion'].strip())}")
     print(f"\n{(time.time() - begun) / 60:.1f} minutes, peak memory {peak_memory_gb():.1f} GB. In "
           f"{run.dir}: {saved.name}/, progress.png, completions.html, evaluation.json")
     flag = "--model" if run.args.full_finetune else "--adapter"
-    question = rows[0]["question"].replace('"', "'")
-    print(f'ask it:     python infer.py {flag} {saved} "{question}"')
+    question = shlex.quote(printable(rows[0]["question"]))
+    print(f"ask it:     python infer.py {flag} {shlex.quote(str(saved))} {question}")
 
 
 def grpo_phase(run: Run, model, start, saved: Path, rewards, train, validation, config):
@@ -1710,8 +1785,9 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
     if "<think>" in tokenizer.chat_template or "thinking" in tokenizer.chat_template:
         print("a thinking model: what follows a leading <think>...</think> is judged")
     if args.dry_run:
-        return print(f"\nthe first prompt, {train[0]['tokens']} tokens:\n{train[0]['text']}\n"
-                     f"[gold: {train[0]['answer']}]")
+        first = train[0]
+        return print(f"\nthe first prompt, {first['tokens']} tokens:\n{printable(first['text'])}\n"
+                     f"[gold: {first['answer']}]")
     start_run(run)
     try:
         return run_phases(run, rewards, train, validation, test, config, begun)
@@ -1766,4 +1842,7 @@ def go_on(run_dir: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # while it loads; later main says how to go on
+        raise SystemExit(130) from None

