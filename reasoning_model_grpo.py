@@ -1451,11 +1451,13 @@ def draw(run_dir: Path, stages: dict[str, list[dict]]) -> None:
 
 
 # ---- Watching and saving -------------------------------------------------------------------------
-# metric: (lowest, highest, from which step, what to do). The ranges are axolotl's for GRPO.
+# metric: (lowest, highest, from which step, what to do). The ranges are axolotl's for GRPO, but for
+# the second, which comes from runs of this suite (RESULTS.md).
 HEALTHY = {
     "reward": (0.15, math.inf, 20, "read completions.html; try --warm-start, or easier questions"),
-    "frac_reward_zero_std": (0, 0.8, 5, "groups agree and teach nothing: raise --num-generations, "
-                             "or take questions of middling difficulty"),
+    # Of eight questions a step; a run whose rate was four times too high had 5 of 8 from step 4 on.
+    "frac_reward_zero_std": (0, 0.5, 4, "groups agree and teach nothing: lower --learning-rate if "
+                             "it is falling apart, else take harder questions, or --pick"),
     "completions/clipped_ratio": (0, 0.3, 5, "raise --max-completion-length"),
     "entropy": (0.05, 0.5, 5, "low: it repeats itself, lower --learning-rate; high: it rambles, "
                 "raise --warm-start"),

