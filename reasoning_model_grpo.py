@@ -866,7 +866,8 @@ def load_tokenizer(base: Base, template: str = "own"):
 
 
 def check_model(args, base: Base) -> tuple[int, int | None]:
-    """(parameters, context in tokens) of a model without weights; stops at wrong LoRA targets."""
+    """(parameters, context in tokens) of a model without weights; stops at LoRA targets that it
+    does not have, and at an adapter that does not fit."""
     with one_line(f"{base.name} is no chat model that can be loaded"), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(base.path, trust_remote_code=False)
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -878,7 +879,10 @@ def check_model(args, base: Base) -> tuple[int, int | None]:
         known = sorted({name.rpartition(".")[2] for name in names} - {"lm_head"})
         stop(f"--lora-targets {', '.join(wrong)}: no such module in this model, which has "
              f"{', '.join(known)}; all-linear takes all")
-    return model.num_parameters(), getattr(config, "max_position_embeddings", None)
+    parameters = model.num_parameters()
+    if base.adapter:
+        put_adapter(model, base.adapter)  # or stop, before any weight of the base is loaded
+    return parameters, getattr(config, "max_position_embeddings", None)
 
 
 def load_base(args, path: str):
