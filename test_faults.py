@@ -27,7 +27,7 @@ import pytest
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read once, as datasets is imported
 
 from test_scripts import (  # noqa: F401  (first of ours: it keeps every test off the Hub)
-    CHEAP, HERE, KILLER, RUN, SAVED, arguments, command, furnish, lines, read_rows, same_weights,
+    CHEAP, HERE, RUN, SAVED, arguments, command, furnish, lines, read_rows, same_weights,
     tiny_model, weights, workplace, xml,
 )
 import infer
@@ -682,6 +682,142 @@ def test_rows_of_any_values_are_questions_or_one_line(workplace, capfd):
     assert 20 < taken < i
 
 
+# ---- Slow: broken off for real -------------------------------------------------------------------
+KILLED = {  # where: what is there by then, what is not yet
+    "the warm start": ("warm_start/checkpoint-2/trainer_state.json", "warm_start_lora"),
+    "the first step": ("warm_start_lora/adapter_config.json", "checkpoint-2"),
+    "between checkpoints": ("checkpoint-2/trainer_state.json", "checkpoint-4"),
+    "the last evaluation": ("grpo_saved_lora/adapter_config.json", "evaluation_after.jsonl"),
+}
+FOUR_STEPS = ["--max-steps", "4", "--save-steps", "2", "--warm-start", "6", "--eval-questions",
+              "all", "--max-completion-length", "48"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, tiny_model):
+    place = furnish(tmp_path_factory.mktemp("unbroken"))
+    done = command("reasoning_model_grpo.py", *arguments(tiny_model, *FOUR_STEPS), cwd=place)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return place
+
+
+@slow
+@pytest.mark.parametrize("where", KILLED)
+def test_killed_and_resumed_it_is_the_unbroken_run(where, unbroken, workplace, tiny_model):
+    there, missing = KILLED[where]
+    argv = [sys.executable, HERE / "reasoning_model_grpo.py", *arguments(tiny_model, *FOUR_STEPS)]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+        while not (RUN / there).is_file():
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.002)
+        run.kill()
+    assert not (RUN / missing).exists()
+    before = (RUN / "evaluation_before.jsonl").stat().st_mtime_ns
+    done = command("reasoning_model_grpo.py", "--resume", cwd=workplace)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (RUN / "evaluation_before.jsonl").stat().st_mtime_ns == before
+    assert ("supervised step 6/6" in done.stdout) == (where == "the warm start")
+    first = {"between checkpoints": 3, "the last evaluation": 5}.get(where, 1)
+    assert [int(n) for n in re.findall(r"^step (\d)/4", done.stdout, re.M)] == [*range(first, 5)]
+    for name in ("warm_start_lora", "grpo_saved_lora"):
+        assert same_weights(RUN / name, unbroken / RUN / name)
+    assert (RUN / "evaluation_after.jsonl").read_bytes() == (
+        unbroken / RUN / "evaluation_after.jsonl").read_bytes()
+
+
+@slow
+def test_two_processes_train_and_only_one_speaks(workplace, tiny_model):
+    argv = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
+            "--num_machines", "1", "--num_processes", "2", "--mixed_precision", "no",
+            "--dynamo_backend", "no",
+            HERE / "reasoning_model_grpo.py", *arguments(tiny_model, "--batch-size", "2",
+                                                         "--warm-start", "1", "--eval-steps", "1")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("recipe:") == 1 and done.stdout.count("step 2/2") == 1
+    assert "2 x 1 questions x 4 completions" in done.stdout
+    assert [path.name for path in Path("outputs").iterdir()] == ["smollm2-135m"]
+    assert (SAVED / "adapter_config.json").is_file() and (RUN / "evaluation_after.jsonl").is_file()
+
+
+KILLER = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import accelerate, datasets, matplotlib.pyplot, pandas, peft, torch, trl
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from trl import GRPOTrainer, SFTTrainer
+
+here, wanted, *argv = sys.argv[1:]
+sys.path.insert(0, here)
+import reasoning_model_grpo as script
+
+MARKS = ("args.json", "evaluation_before.jsonl", "warm_start_lora", "evaluation_warm_start.jsonl",
+         "checkpoint-1", "checkpoint-2", "checkpoint-3", "grpo_saved_lora",
+         "evaluation_after.jsonl", "evaluation.json")
+rng, kills, runs = random.Random(0), {}, 0
+
+def start(words):
+    pid = os.fork()
+    if pid:
+        return pid
+    sys.stdout = sys.stderr = open("log.txt", "a", buffering=1)
+    try:
+        script.main(words)
+        os._exit(0)
+    except BaseException as problem:
+        print(repr(problem))
+        os._exit(9)
+
+def log():
+    return Path("log.txt").read_text()[-3000:]
+
+def result(run):
+    return ((run / "grpo_saved_lora/adapter_model.safetensors").read_bytes(),
+            (run / "evaluation.json").read_text())
+
+begun = time.time()
+assert os.waitpid(start([*argv, "--output-dir", "whole"]), 0)[1] == 0, log()
+whole, slowest = result(Path("whole")), time.time() - begun
+while sum(kills.values()) < int(wanted):
+    runs += 1
+    run, ended, patience = Path(f"run{runs}"), False, slowest / 2
+    while not ended:
+        known = (run / "args.json").exists()
+        words = ["--resume", "--output-dir", str(run)] if known else [
+            *argv, "--output-dir", str(run)]
+        pid, deadline = start(words), time.time() + rng.uniform(0.02, patience)
+        while time.time() < deadline and not ended:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            time.sleep(0.01)
+        if ended:
+            assert status == 0, log()
+            break
+        phase = next((mark for mark in reversed(MARKS) if (run / mark).exists()), "nothing yet")
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        kills[phase] = kills.get(phase, 0) + 1
+        patience *= 1.1  # so that a slow phase comes to its end
+        for file in run.glob("*.json*"):  # nothing is half written
+            lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
+            list(map(json.loads, lines))
+    assert result(run) == whole, (run, kills)
+print(json.dumps({"kills": kills, "runs": runs, "seconds": round(time.time() - begun)}))
+"""
+
+
+@slow
+def test_killed_at_any_moment_a_run_ends_with_the_adapter_of_an_unbroken_one(tmp_path, tiny_model):
+    """40 kills of SIGKILL, at random moments of all phases: none loses or changes anything."""
+    place = furnish(tmp_path)
+    argv = arguments(tiny_model, "--max-steps", "3", "--warm-start", "3", "--save-steps", "1")
+    done = subprocess.run([sys.executable, "-c", KILLER, str(HERE), "40", *argv], cwd=place,
+                          capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    print(done.stdout)
+    counted = json.loads(done.stdout.splitlines()[-1])
+    assert sum(counted["kills"].values()) >= 40 and len(counted["kills"]) >= 4, counted
+
+
 # ---- Slow: long runs, several processes, Ctrl-C --------------------------------------------------
 ODD = r"""
 import os, time
@@ -869,8 +1005,7 @@ print(json.dumps(found))
 
 @slow
 def test_ctrl_c_in_every_phase_says_how_to_go_on_and_that_goes_on(tmp_path, tiny_model):
-    argv = arguments(tiny_model, "--max-steps", "4", "--save-steps", "2", "--warm-start", "6",
-                     "--eval-questions", "all", "--max-completion-length", "48")
+    argv = arguments(tiny_model, *FOUR_STEPS)
     done = subprocess.run([sys.executable, "-c", INTERRUPTER, str(HERE), json.dumps(PHASES), *argv],
                           cwd=furnish(tmp_path), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
