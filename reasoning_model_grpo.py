@@ -1794,8 +1794,8 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
         first = train[0]
         return print(f"\nthe first prompt, {first['tokens']} tokens:\n{printable(first['text'])}\n"
                      f"[gold: {first['answer']}]")
-    start_run(run)
     try:
+        start_run(run)
         return run_phases(run, rewards, train, validation, test, config, begun)
     except Exception:
         if shutil.disk_usage(run_dir).free < 1 << 20:
