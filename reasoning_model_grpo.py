@@ -573,7 +573,7 @@ def read_data(path: Path) -> tuple[list[dict], list[dict]]:
     """(training rows, held-out rows or []) of a file, a saved data set, or a folder of files."""
     with one_line(f"{path} can't be read"):
         if not path.is_dir():
-            return read_file(path), []
+            return read_file(path) or stop(f"{path} holds no rows: give one object a question"), []
         saved = any((path / f"dataset_{kind}.json").is_file() for kind in ("info", "dict"))
         data = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
         parts = data if isinstance(data, dict) else {"train": data}
@@ -584,7 +584,7 @@ def read_file(path: Path) -> list[dict]:
     """The rows of one file; ValueError names the row that is malformed."""
     kind, *_ = [*(s for s in map(str.lower, reversed(path.suffixes)) if s != ".gz"), ""]
     if kind == ".parquet":
-        return pandas.read_parquet(path).to_dict("records") or stop(f"{path} holds no rows")
+        return pandas.read_parquet(path).to_dict("records")
     unpack = gzip.open if path.suffix.lower() == ".gz" else open
     with unpack(path, "rt", encoding="utf-8-sig", newline="") as file:
         if kind in (".csv", ".tsv"):
@@ -599,7 +599,7 @@ def read_file(path: Path) -> list[dict]:
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict) or None in row:
             raise ValueError(f"row {i} is malformed: {str(row)[:80]}")
-    return rows or stop(f"{path} holds no rows: give one object a question")
+    return rows
 
 
 def read_json(text: str, one_a_line: bool) -> list:
@@ -1158,15 +1158,19 @@ def run_trainer(kind, config, place: Path, a_step: int = 0, **how):
 def newest(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a trainer: its state is written last."""
     found = [path.parent for path in run_dir.glob("checkpoint-*/trainer_state.json")]
-    last = max(found, key=step_of, default=None)
+    return max(found, key=step_of, default=None)
+
+
+def whole(checkpoint: Path | None) -> Path | None:
+    """The checkpoint, if there is one; stops where a file of it can't be read."""
     readers = {"trainer_state.json": lambda path: json.loads(path.read_text(encoding="utf-8")),
                "optimizer.pt": partial(torch.load, mmap=True, weights_only=True),
                "adapter_model.safetensors": lambda path: peft.load_peft_weights(str(path.parent))}
-    for name, read in readers.items() if last else ():
-        if (last / name).is_file():
-            with one_line(f"{last / name} is damaged: remove {last}, and --resume goes on without"):
-                read(last / name)
-    return last
+    for file, read in ((checkpoint / name, readers[name]) for name in readers if checkpoint):
+        if file.is_file():
+            with one_line(f"{file} is damaged: remove {checkpoint}, and --resume goes on without"):
+                read(file)
+    return checkpoint
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -1176,6 +1180,7 @@ def step_of(checkpoint: Path | None) -> int:
 def warm_start(run: Run, model, rows: list[dict], config, saved: Path) -> None:
     """Supervised steps on worked solutions in the recipe's format, saved."""
     args, place = run.args, run.dir / "warm_start"
+    whole(newest(place))
     model = model or load_policy(args, run.base, run.base.adapter)
     more = {"chat_template_kwargs": args.chat_template_kwargs} if args.chat_template_kwargs else {}
     examples = [{"prompt": row["prompt"], "completion": [
@@ -1719,7 +1724,7 @@ def finish(run: Run, saved: Path, rows: list[dict], begun: float) -> None:
 
 def grpo_phase(run: Run, model, start, saved: Path, rewards, train, validation, config):
     """GRPO from what `start` holds, saved. Returns (trainer or None, whether Ctrl-C ended it)."""
-    args, done, trainer, interrupted = run.args, newest(run.dir), None, False
+    args, done, trainer, interrupted = run.args, whole(newest(run.dir)), None, False
     if step_of(done) >= args.max_steps:  # killed after its last step: what that left is saved now
         state = transformers.TrainerState.load_from_json(str(done / "trainer_state.json"))
         policy = load_policy(args, run.base, Path(state.best_model_checkpoint or done))
