@@ -1812,6 +1812,20 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
         raise SystemExit(130) from None
 
 
+def collect_garbage() -> None:
+    """gc.collect, after which a Ctrl-C that came meanwhile is raised: finalisers swallow it."""
+    asked = []
+    try:
+        usual = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    except ValueError:  # not in the main thread, which alone is interrupted
+        gc.collect()
+        return
+    gc.collect()
+    signal.signal(signal.SIGINT, usual)
+    if asked:
+        raise KeyboardInterrupt
+
+
 def run_phases(run: Run, rewards, train, validation, test, config, begun: float):
     """Each phase begins with what the one before has saved; what is there is not done again."""
     args, base, warm = run.args, run.base, run.dir / "warm_start_lora"
@@ -1825,7 +1839,7 @@ def run_phases(run: Run, rewards, train, validation, test, config, begun: float)
     measure(run, model, None, test, "before")
     if to_warm and not warm.is_dir():
         warm_start(run, model, train, config, warm)
-        gc.collect()  # the model and its optimiser
+        collect_garbage()  # the model and its optimiser
         torch.cuda.empty_cache()
     accelerate.PartialState().wait_for_everyone()
     start = warm if to_warm else base.adapter
