@@ -1123,7 +1123,7 @@ def as_dataset(rows: list[dict]):
              for name, value in row.items() if name not in taken} for row in rows]
     mixed = {name for row in rows for name in row
              if type(row[name]) is not type(rows[0].get(name)) and name != "prompt"}
-    mixed |= {name for name in rows[0] if not fits(name)}
+    mixed |= {name for name in {name for row in rows for name in row} if not fits(name)}
     if mixed:
         names = printable(", ".join(sorted(mixed)))
         print(f"columns of mixed kinds, which rewards don't get: {names}")
