@@ -254,7 +254,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
                 "load_in_4bit", "few_shot"} & made.keys()
         strict = build_parser()  # what others wrote is checked as what is typed
         strict.error = lambda fault: stop(f"args.json of the adapter {given.adapter}: {fault}")
-        made = vars(strict.parse_args(as_words({name: made[name] for name in kept})))
+        made = vars(strict.parse_args(as_words(
+            {name: made[name] for name in kept if made[name] is not None})))
         parser.set_defaults(warm_start=0, **{name: made[name] for name in kept})
     parser.set_defaults(**was.get("options", {}))
     args = parser.parse_args(argv)
