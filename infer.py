@@ -147,7 +147,7 @@ def choose_engine(wanted: str, gpu: bool, packages: set[str], many: bool, lora: 
     backend = {"unsloth": "unsloth", "vllm": "transformers"}.get(wanted, "auto")
     backend, mode, why = choose_backend(backend, "auto", gpu, packages, lora=lora)
     if mode == "off":
-        return "transformers", why
+        return "transformers", "vLLM is not installed"
     return ("unsloth" if backend == "unsloth" else "vllm"), why
 
 

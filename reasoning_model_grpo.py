@@ -341,6 +341,8 @@ def check_options(args) -> None:
         ("hub" in args.export and not args.hub_id, "--export hub needs --hub-id OWNER/NAME"),
         ("gguf" in args.export and args.backend != "unsloth",
          "--export gguf is Unsloth's; else --export merged, then llama.cpp's converter"),
+        (args.dry_run and (args.evaluate_only or args.adapter and args.export),
+         "--dry-run shows the plan of a training: leave it out, or --evaluate-only and --export"),
         (full and (args.adapter or args.export),
          "--full-finetune has no adapter: leave out --adapter and --export"),
         (args.eval_steps and "save_steps" in args.typed and args.save_steps != args.eval_steps,
@@ -465,7 +467,9 @@ def laptop(what: str = ""):
 
 
 def start_backend(args) -> None:
-    """Import Unsloth before trl, peft and transformers, which it patches; then quiet them all."""
+    """Import Unsloth before trl, peft and transformers, which it patches; quiet them all."""
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+                   "HF_HUB_DISABLE_TELEMETRY": "1", "DATASETS_VERBOSITY": "critical"}
     if args.backend == "unsloth":
         if gpu() and gpu().major < 8:  # FlashInfer there: minutes of nvcc, then a crash
             os.environ.setdefault("UNSLOTH_VLLM_NO_FLASHINFER", "1")
@@ -491,8 +495,6 @@ def quiet_libraries() -> None:
     """Keep the screen for what the user needs; under `accelerate launch`, for one process."""
     if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-                   "HF_HUB_DISABLE_TELEMETRY": "1", "DATASETS_VERBOSITY": "critical"}
     warnings.filterwarnings("ignore")
     for name in ("bitsandbytes", "trl", "datasets", "huggingface_hub", "accelerate", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -968,14 +970,14 @@ def load_unsloth(args, path: str, limit: int, tokenizer):
             load_in_16bit=not args.load_in_4bit, fast_inference=args.vllm == "colocate",
             max_lora_rank=max_lora_rank(path, args.lora_rank),
             gpu_memory_utilization=args.gpu_memory_utilization)
+        if not (Path(path) / "adapter_config.json").is_file():
+            model = FastLanguageModel.get_peft_model(
+                model, r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
+                target_modules=args.lora_targets, random_state=args.seed,
+                use_gradient_checkpointing="unsloth" if args.gradient_checkpointing else False)
     if its_own.pad_token in tokenizer.get_vocab():
         # Unsloth finds padding by its id: where that also ends a turn, the ends would be dropped.
         tokenizer.pad_token = its_own.pad_token
-    if not (Path(path) / "adapter_config.json").is_file():
-        model = FastLanguageModel.get_peft_model(
-            model, r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-            target_modules=args.lora_targets, random_state=args.seed,
-            use_gradient_checkpointing="unsloth" if args.gradient_checkpointing else False)
     give_memory_back(model)
     return model
 
@@ -1091,8 +1093,8 @@ def grpo_config(args, output_dir: Path, limit: int, weights, validate=False, fre
             fields[name] = json.loads(value)
         if isinstance(known[name], (int, float)) and not isinstance(fields[name], (int, float)):
             stop(f"--set {pair}: {name} is a number or true/false, by default {known[name]}")
-    with one_line("GRPOConfig refuses these options"):
-        config = trl.GRPOConfig(**fields)
+    with one_line("GRPOConfig refuses these options"), redirect_stdout(io.StringIO()):
+        config = trl.GRPOConfig(**fields)  # Unsloth's says what it sets, and we set back
     # Unsloth replaces GRPOConfig by its own, which sets some fields by the loss that is named, and
     # drops what it does not know with a warning.
     for name in ("mask_truncated_completions", "epsilon_high", "scale_rewards"):
@@ -1134,8 +1136,8 @@ def as_dataset(rows: list[dict]):
 def run_trainer(kind, config, place: Path, a_step: int = 0, **how):
     """Train from the newest checkpoint in `place`, if any; (trainer, the Watch that saw it)."""
     last = newest(place)
-    with one_line(f"{kind.__name__} refuses these options"):
-        trainer = kind(args=config, **how)
+    with one_line(f"{kind.__name__} refuses these options"), redirect_stdout(io.StringIO()):
+        trainer = kind(args=config, **how)  # Unsloth's tell what they do
     # Made here, when transformers may be imported.
     watch = type("WatchCallback", (Watch, transformers.TrainerCallback), {})(place, a_step)
     trainer.remove_callback(transformers.PrinterCallback)
@@ -1530,7 +1532,8 @@ class Watch:
             write_whole(self.run_dir / "metrics.jsonl", state.log_history)
             parts = [f"step {step}/{last} · reward {logs.get('reward') or 0:.2f}"]
             for key in filter(re.compile("rewards/.*(correct|format).*/mean").fullmatch, logs):
-                parts.append(f"{'right' if 'correct' in key else 'format'} {logs[key] or 0:.2f}")
+                name = key[8:-5].removesuffix("_reward_func").replace("_", " ")
+                parts.append(f"{'right' if 'correct' in key else name} {logs[key] or 0:.2f}")
             parts.append(f"length {length:.0f} · {row['tokens_per_second']:.0f} tokens/s")
         self.logged = now
         if step % every == 0 or step == last:

@@ -354,6 +354,16 @@ def test_the_measured_text_is_what_the_saved_adapter_answers(copied, capsys):
     assert stage["n"] == 4 and set(stage["pass_at_k"]) == {"1", "2"} and "majority" in stage
 
 
+def test_the_record_of_a_run_with_nothing_typed_is_read(copied, capsys):
+    """What was not typed is null there, as the completion limit of every default run."""
+    record = json.loads((SAVED / "args.json").read_text())
+    record["options"] |= dict.fromkeys(("max_completion_length", "chat_template"))
+    (SAVED / "args.json").write_text(json.dumps(record))
+    script.main(["--adapter", str(SAVED), "--dataset", "data.jsonl", "--max-prompt-length", "800",
+                 "--dry-run"])
+    assert "a completion (99 % of the worked solutions" in capsys.readouterr().out
+
+
 def test_exported_weights_answer_as_the_adapter_does(copied):
     import torch
     from transformers import AutoModelForCausalLM
@@ -785,6 +795,7 @@ BAD = [  # what is typed beside a run that would work, what the one line must sa
     (["--resume"], "start without --resume"),
     (["--report-to", "wandb"], "--report-to: wandb"),  # missing here, or without an account
     (["--adapter", "owner/name"], "none on the Hub"),
+    (["--evaluate-only", "--dry-run"], "--dry-run shows the plan of a training"),
     (["--evaluate-only", "--adapter", "."], ". is no adapter directory"),
     (["--few-shot", "50"], "have a worked solution"),
     (["--max-examples", "1", "--batch-size", "8"], "a step takes 2 questions, there are 1"),
