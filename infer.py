@@ -425,5 +425,5 @@ def main(argv: list[str] | None = None) -> None:
     answer_all(args, questions, texts, generate, fmt)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "ipykernel" not in sys.modules:  # a cell says main(["..."])
     main()

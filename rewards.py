@@ -356,7 +356,7 @@ def strict_format_reward_func(prompts, completions, fmt="xml", **kwargs) -> list
 
 
 def soft_format_reward_func(prompts, completions, fmt="xml", **kwargs) -> list[float]:
-    """0.5 where both blocks are there in order, whatever the white space around, else 0.0."""
+    """0.5 where both blocks are there in order, whatever stands around them, else 0.0."""
     faults = [format_fault(completion_text(c), fmt, strict=False) for c in completions]
     return [0.0 if fault else 0.5 for fault in faults]
 

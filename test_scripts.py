@@ -59,6 +59,9 @@ def columns(prompts, completions, question, answer, level, **kwargs):
     assert all(l == len(q) and q in p[-1]["content"] for l, q, p in zip(level, question, prompts))
     return [None] * len(level)
 
+def worked(prompts, completions, solution, **kwargs):  # a column that rewards don't get
+    return vowels(completions)
+
 def worse(completions, trainer_state=None, **kwargs):
     step = trainer_state.global_step if trainer_state else 0
     return [value - step for value in vowels(completions)]
@@ -352,6 +355,7 @@ def test_the_measured_text_is_what_the_saved_adapter_answers(copied, capsys):
                  "2", "--eval-questions", "4", "--max-prompt-length", "800", "--output-dir", "m"])
     (stage,) = json.loads(Path("m/evaluation.json").read_text())["stages"].values()
     assert stage["n"] == 4 and set(stage["pass_at_k"]) == {"1", "2"} and "majority" in stage
+    assert not Path("m/args.json").exists()  # a measurement is no run that --resume could take
 
 
 def test_the_record_of_a_run_with_nothing_typed_is_read(copied, capsys):
@@ -580,8 +584,19 @@ def test_one_step_outside_its_range_is_noise():
     rows = [{"step": step, "loss": 0, "grad_norm": 0.1} for step in range(20, 26)]
     for outside in ([], [3], [4, 5], [0, 1, 2, 4], [3, 4, 5]):
         log = [row | ({"grad_norm": 9.0} if i in outside else {}) for i, row in enumerate(rows)]
-        assert [metric for metric, _ in script.left_ranges(log)] == (
+        assert [metric for metric, _ in script.left_ranges(log, 8)] == (
             ["grad_norm"] if outside == [3, 4, 5] else [])
+
+
+def test_steps_of_one_group_alarm_when_most_of_many_agree():
+    """One group agrees or not, so its step says 0 or 1: only a share of many is a finding."""
+    def alarms(agree):
+        return script.left_ranges([{"step": step, "loss": 0, "frac_reward_zero_std": float(one)}
+                                   for step, one in enumerate(agree, 10)], 1)
+
+    assert not alarms([1] * 3) and not alarms([0, 1, 1, 0] * 6)
+    ((_, line),) = alarms([0, 1, 1, 1] * 6)
+    assert "is 0.75, above 0.5 for 24 steps" in line
 
 
 @pytest.mark.parametrize("metric, shares, seen", [  # of runs on SVAMP's training questions
@@ -590,7 +605,7 @@ def test_one_step_outside_its_range_is_noise():
                               5, 2], False)])  # 1e-4: nothing lost
 def test_a_run_that_falls_apart_is_told_from_one_that_does_not(metric, shares, seen):
     rows = [{"step": step, "loss": 0, metric: share / 8} for step, share in enumerate(shares, 1)]
-    alarms = [found for n in range(1, len(rows) + 1) for found in script.left_ranges(rows[:n])]
+    alarms = [found for n in range(1, len(rows) + 1) for found in script.left_ranges(rows[:n], 8)]
     assert bool(alarms) == seen and all("lower --learning-rate" in line for _, line in alarms)
 
 
@@ -664,7 +679,7 @@ def test_completions_too_many_for_the_memory_come_in_halves(tiny_model):
 
 
 # ---- Options -------------------------------------------------------------------------------------
-PLANS = {  # what recipes.md says of each
+PLANS = {  # what the five projects say of each
     "qwen-3b": ["150 x 1 questions x 3 completions", "4-bit, LoRA rank 16", "at most 1500 ",
                 "1 correctness_reward_func + 1 strict_format_reward_func", "<reasoning>"],
     "qwen-0.5b-fp32": ["400 x 1 questions x 8 completions", "float32, all weights", "at most 512 ",
@@ -796,6 +811,7 @@ BAD = [  # what is typed beside a run that would work, what the one line must sa
     (["--report-to", "wandb"], "--report-to: wandb"),  # missing here, or without an account
     (["--adapter", "owner/name"], "none on the Hub"),
     (["--evaluate-only", "--dry-run"], "--dry-run shows the plan of a training"),
+    (["--reward-funcs", "noisy.py:worked"], "noisy.py:worked fails with TypeError"),
     (["--evaluate-only", "--adapter", "."], ". is no adapter directory"),
     (["--few-shot", "50"], "have a worked solution"),
     (["--max-examples", "1", "--batch-size", "8"], "a step takes 2 questions, there are 1"),
@@ -969,7 +985,8 @@ def test_what_unsloth_keeps_for_writing_goes_before_training():
 
 def test_an_old_card_is_asked_in_float16_and_float32_is_refused(gpu, capsys):
     gpu(15.8, ("vllm", "unsloth"), (7, 5))
-    assert script.parse_options(["--dtype", "bfloat16"]).dtype == "float16"
+    line = stopped(capsys, script.parse_options, ["--dtype", "bfloat16"])
+    assert "leave it out for float16" in line
     assert "--dtype float16" in stopped(capsys, script.parse_options, ["--dtype", "float32"])
 
 
@@ -1904,7 +1921,7 @@ def test_a_whole_run_through_unsloth(unsloth_python, tmp_path, tiny_model):
                           env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "backend unsloth, since" in done.stdout and "step 2/2" in done.stdout
-    assert not re.search("Unsloth[: ]|Tokenizing|Building", done.stdout + done.stderr)  # its notices
+    assert not re.search("Unsloth[: ]|Tokenizing|Building", done.stdout + done.stderr)
     stages = json.loads((place / "run/evaluation.json").read_text())["stages"]
     assert list(stages) == ["before", "after warm start", "after GRPO"]
     rows = read_rows(place / "run/evaluation_after.jsonl")

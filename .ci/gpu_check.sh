@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What needs a GPU, as one table: each backend trains 60 steps, is measured before and after, saves,
-# and reads its adapter back. One backend a call fits into 10 minutes on a big card.
+# and reads its adapter back.
 #
 #   bash .ci/gpu_check.sh                       # all four; Qwen2.5-0.5B and GSM8K from the Hub
 #   bash .ci/gpu_check.sh unsloth-4bit-vllm     # one of them
