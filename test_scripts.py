@@ -1711,7 +1711,7 @@ def test_the_packaged_model_is_smollm2_with_its_tokenizer(real_model, capsys):
 @pytest.mark.slow
 def test_the_real_model_learns_the_format(real_model, workplace, capsys):
     """Warm start and GRPO take strict format from nothing to most answers, in a few minutes."""
-    script.main(["--dataset", "generated", "--max-steps", "3", "--eval-questions", "16"])
+    script.main(["--max-steps", "3", "--eval-questions", "16"])
     assert f"model: SmolLM2-135M-Instruct from the Python package {laptop.PACKAGE}" in (
         capsys.readouterr().out)
     stages = json.loads((RUN / "evaluation.json").read_text())["stages"]
