@@ -84,7 +84,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 
 
 def newest_adapter() -> Path:
-    found = [path.parent for path in Path("outputs").glob("*/*/adapter_config.json")
+    found = [path.parent for kind in ("outputs/*", "trl_grpo_outputs*")  # a recipe's own
+             for path in Path().glob(f"{kind}/*/adapter_config.json")
              if not path.parent.name.startswith(("checkpoint-", "."))]
     whole = [path for path in found if path.name != "warm_start_lora"]  # that of a broken run
     return max(whole or found, key=lambda path: path.stat().st_mtime, default=None) or stop(
@@ -229,11 +230,14 @@ def load_engine(args, base, tokenizer, dtype: str, room: int, many: bool):
     gpu = torch.cuda.is_available()
     packages = {name for name in INSTALL if importlib.util.find_spec(name)}
     wanted = "transformers" if args.chat else args.engine
-    if Path(base.path).is_dir() and base.name != base.path:  # packaged, or converted from GGUF:
-        if wanted == "unsloth":  # Unsloth looks for the base under the name in the record
+    if Path(base.path).is_dir() and base.name != str(Path(base.path).resolve()):
+        # Packaged, or from GGUF: Unsloth looks for the base under the name in the record.
+        if wanted == "unsloth":
             stop(f"--engine unsloth can't load {base.name}; leave it out")
         packages.discard("unsloth")
     name, why = choose_engine(wanted, gpu, packages, many, base.adapter is not None)
+    if name == "unsloth" and dtype == "float32" and not args.dtype:  # trained on a CPU
+        dtype = "bfloat16"
     if dtype != "float16" and gpu and torch.cuda.get_device_capability()[0] < 8:
         dtype = "float32" if name == "transformers" else "float16"  # T4, V100 emulate bfloat16
     what = f"adapter {base.adapter} on {base.name}" if base.adapter else base.name

@@ -71,6 +71,7 @@ huggingface_hub, yaml, rich_console, rich_progress, rich_table = map(
 resource = Lazy("resource")  # not on Windows
 
 GSM8K = "openai/gsm8k"
+GIVEN, FROM_PYTHON = "the rows given", " (given from Python)"  # in args.json
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TESTED = {  # the versions that requirements.txt and requirements-cpu.txt pin
     "transformers": "5.17.0", "trl": "1.13.0", "peft": "0.21.2", "datasets": "4.8.5",
@@ -230,8 +231,11 @@ def build_parser() -> OneLineParser:
     return parser
 
 
-def parse_options(argv: list[str] | None) -> argparse.Namespace:
-    """The options, each with its value; `typed` names those the user gave, `why` the backend's."""
+def parse_options(argv: list[str] | None, rewards: list[str] | None = None) -> argparse.Namespace:
+    """The options, each with its value; `typed` names those the user gave, `why` the backend's.
+
+    `rewards`: the labels of functions given from Python, instead of --reward-funcs.
+    """
     if argv is None:  # in a notebook, sys.argv is the kernel's
         argv = [] if "ipykernel" in sys.modules else sys.argv[1:]
     parser = build_parser()
@@ -241,7 +245,9 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         given = parser.parse_args(argv)
     typed = {action.dest for action in parser._actions for word in argv
              if word.partition("=")[0] in action.option_strings}
-    was = read_run(find_run(given.output_dir)) if given.resume else {}
+    resumed = find_run(given.output_dir) if given.resume else None
+    was = read_run(resumed) if resumed else {}
+    before, typed_before = was.get("options") or {}, set(was.get("typed") or [])
     recipe = was.get("recipe") or given.recipe
     if problem := unusable_gpu():
         if recipe not in (None, "smollm2-135m") or given.backend == "unsloth":
@@ -249,17 +255,18 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         print(f"watch: {problem}")
     recipe = recipe or ("qwen-3b" if gpu() else "smollm2-135m")
     parser.set_defaults(**RECIPES[recipe] | {"recipe": recipe})
-    if given.adapter:  # prompted as it was trained, and not shown again what it knows
-        made = read_run(Path(given.adapter), Path(given.adapter).parent).get("options", {})
-        kept = {"format", "chat_template", "chat_template_kwargs", "max_completion_length", "dtype",
-                "load_in_4bit", "few_shot"} & made.keys()
-        strict = build_parser()  # what others wrote is checked as what is typed
-        strict.error = lambda fault: stop(f"args.json of the adapter {given.adapter}: {fault}")
-        made = vars(strict.parse_args(as_words(
-            {name: made[name] for name in kept if made[name] is not None})))
-        parser.set_defaults(warm_start=0, **{name: made[name] for name in kept})
-    parser.set_defaults(**was.get("options", {}))
+    kept = recorded_options(given, typed)
+    parser.set_defaults(**kept)
+    if resumed:  # what followed from the machine follows from this one
+        again = before.keys() - ({"backend", "vllm", "dtype"} - typed_before)
+        parser.set_defaults(**{name: before[name] for name in again}, output_dir=str(resumed))
+        if was.get("base_model"):  # that one is gone on with, be it what stood in for another
+            parser.set_defaults(model=was["base_model"])
+            typed_before.add("model")
     args = parser.parse_args(argv)
+    args.set = list(dict.fromkeys(args.set))  # typed again beside --resume
+    if rewards:
+        args.reward_funcs, typed = rewards, typed | {"reward_funcs"}
     packages = {name for name in ("unsloth", "vllm") if installed(name)}
     capable = bool(gpu()) or os.environ.get("UNSLOTH_FORCE_CPU") == "1"  # Unsloth's own switch
     backend, vllm, why = choose_backend(args.backend, args.vllm, capable, packages,
@@ -267,6 +274,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     if gpu() and not was:
         gigabytes = gpu().total_memory / 1e9
         preset = memory_preset(gigabytes, vars(args), four_bit=backend == "unsloth")
+        preset = {name: value for name, value in preset.items() if name not in kept}
         parser.set_defaults(**preset)
         args = parser.parse_args(argv)
         if changed := {name: v for name, v in preset.items() if v and name not in typed}:
@@ -277,17 +285,40 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
                  "--no-load-in-4bit, --vllm off, or one process with --backend unsloth")
         vllm, why = "off", f"{why}, but off for 4-bit weights, which TRL can't send it"
     args.backend, args.vllm, args.why = backend, vllm, why
-    args.typed = sorted(typed | set(was.get("typed", [])))
+    args.typed = sorted(typed | typed_before)
     fill_in(args, typed)
     free = {"resume", "max_steps", "save_steps", "report_to", "project_name", "output_dir",
             "dry_run", "export", "hub_id", "config"}
-    differ = [f"{name} was {was['options'].get(name)}, now {getattr(args, name)}"
-              for name in (typed - free if was else ())
-              if getattr(args, name) != was["options"].get(name)]
+    differ = [f"{name} was {before.get(name)}, now {getattr(args, name)}"
+              for name in (typed - free if resumed else ())
+              if getattr(args, name) != before.get(name)]
     if differ:
         stop(f"--resume with other options: {', '.join(differ)}; leave them out")
     check_options(args)
     return args
+
+
+def recorded_options(given, typed: set[str]) -> dict:
+    """How the run that made --adapter, or the fully trained --model, asked: it is prompted alike,
+    about the same questions, and not shown again what it knows. {} where nothing tells."""
+    if not (given.adapter or given.model):
+        return {}
+    place = find_adapter(given.adapter) if given.adapter else Path(given.model)
+    record = read_run(place, place.parent) if given.adapter else read_run(place)
+    made = record.get("options") or {}
+    names = {"format", "chat_template", "chat_template_kwargs", "max_completion_length", "few_shot",
+             "max_prompt_length", "load_in_4bit"} | {"dtype"} & set(record.get("typed", []))
+    if "dataset" not in typed and made.get("dataset") != GIVEN:
+        names |= {"dataset", "dataset_config", "eval_dataset", "question_column", "answer_column",
+                  "eval_question_column", "eval_answer_column"}
+    made = {name: made[name] for name in names & made.keys() if made[name] is not None}
+    if given.evaluate_only and record.get("max_completion_length"):
+        made["max_completion_length"] = record["max_completion_length"]  # training measures its own
+    strict = build_parser()  # what others wrote is checked as what is typed
+    strict.error = lambda fault: stop(f"args.json of {given.adapter or given.model}: {fault}")
+    checked = vars(strict.parse_args(as_words(made)))
+    known = {"warm_start": 0} if given.adapter or record else {}
+    return {name: checked[name] for name in made} | known
 
 
 def fill_in(args, typed: set[str]) -> None:
@@ -343,6 +374,9 @@ def check_options(args) -> None:
         ("hub" in args.export and not args.hub_id, "--export hub needs --hub-id OWNER/NAME"),
         ("gguf" in args.export and args.backend != "unsloth",
          "--export gguf is Unsloth's; else --export merged, then llama.cpp's converter"),
+        (args.samples > 1 and not args.evaluate_only, "--samples goes with --evaluate-only"),
+        (args.evaluate_only and args.eval_questions == 0,
+         "--evaluate-only measures: give --eval-questions, and leave --skip-evaluation out"),
         (args.dry_run and (args.evaluate_only or args.adapter and args.export),
          "--dry-run shows the plan of a training: leave it out, or --evaluate-only and --export"),
         (full and (args.adapter or args.export),
@@ -370,9 +404,16 @@ def read_config(path: str) -> list[str]:
 
 
 def as_words(options: dict) -> list[str]:
-    argv = []
+    """A command line; what is null or empty there is left to its default."""
+    argv, actions = [], build_parser()._option_string_actions
     for name, value in options.items():
         name = str(name).replace("_", "-")
+        action = actions.get(f"--{name}")
+        if value is None or value == [] or value is False and action and action.nargs == 0 and (
+                f"--no-{name}" not in actions):
+            continue
+        if value is False and action and "off" in (action.choices or ()):
+            value = "off"  # YAML's off
         argv.append(f"--no-{name}" if value is False else f"--{name}")
         values = value if isinstance(value, list) else [value] * (not isinstance(value, bool))
         argv += [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]
@@ -527,19 +568,22 @@ def peak_memory_gb() -> float:
 # ---- Data: rows with "question", "answer" (the gold number), "solution" (worked, or None) --------
 def load_questions(args, train=None, test=None) -> tuple[str, list[dict], list[dict]]:
     """Where they are from, the training questions, and the held-out ones, which share none."""
-    name = "the rows given" if train is not None else args.dataset
+    name, held_out = GIVEN if train is not None else args.dataset, None
+    if train is None and name == GIVEN:
+        stop("this run was started from Python: main([\"--resume\"], train=...) with its rows")
     if train is None and Path(name).exists():
-        train, test = read_data(Path(name))
+        train, held_out = read_data(Path(name))
     elif train is None and name != "generated":
-        may_swap = "dataset" not in args.typed and name == GSM8K
-        train, test = hub_rows(args, "train", not may_swap), hub_rows(args, "test", False)
+        may_swap = name == GSM8K and not args.resume and "dataset" not in args.typed
+        train, held_out = hub_rows(args, "train", not may_swap), hub_rows(args, "test", False)
         if may_swap and not train:
             print(f"questions: generated word problems, since the Hub can't be reached for {name}")
             name = "generated"
     if name == "generated":
         generate = laptop("generating questions").generate_questions
         train = generate(args.max_examples or 2000, args.seed)
-        test = generate(1000, args.seed, "test")
+        held_out = generate(1000, args.seed, "test")
+    test = held_out if test is None else test
     if not train:
         stop(f"{name} holds no rows: give one object a question")
     columns = args.question_column, args.answer_column
@@ -550,7 +594,7 @@ def load_questions(args, train=None, test=None) -> tuple[str, list[dict], list[d
         test = test or rows
     test = to_questions(test or [], *columns, args.eval_dataset or name, args.skip_bad)
     if not test:
-        random.Random(args.seed).shuffle(train)
+        random.Random(0).shuffle(train)  # not by --seed: training with another one saw them
         cut = max(1, len(train) // 10)
         train, test = train[cut:], train[:cut]
     same = {" ".join(row["question"].split()).casefold() for row in test}
@@ -666,11 +710,14 @@ def text_of(value) -> str:
 
 def prepare_rows(args, tokenizer, base, train: list[dict], test: list[dict]):
     """(worked examples, training, validation, held-out): rows with their prompts."""
-    shown = [question for question in train if question["solution"]][: args.few_shot]
-    if len(shown) < args.few_shot:
-        stop(f"--few-shot {args.few_shot}, but {len(shown)} questions have a worked solution")
-    shots = base.run.get("shots") or [(s["question"], worked(s, args.format)) for s in shown]
-    train = [question for question in train if question not in shown]
+    shots = base.run.get("shots") if not {"few_shot", "format"} & set(args.typed) else None
+    if not shots:
+        shown = [question for question in train if question["solution"]][: args.few_shot]
+        if len(shown) < args.few_shot:
+            stop(f"--few-shot {args.few_shot}, but {len(shown)} questions have a worked solution")
+        shots = [(one["question"], worked(one, args.format)) for one in shown]
+    examples = {question for question, _ in shots}
+    train = [question for question in train if question["question"] not in examples]
     test = test if args.eval_questions == "all" else test[: args.eval_questions]
     train = add_prompts(train, shots, args, tokenizer, "training")
     test = add_prompts(test, shots, args, tokenizer, "held-out")
@@ -992,6 +1039,8 @@ def find_reward(name):
     """A reward function by its name in rewards.py, by FILE.py:function, or itself."""
     if callable(name) or name in REWARD_FUNCS:
         return name if callable(name) else REWARD_FUNCS[name]
+    if name.endswith(FROM_PYTHON):
+        stop(f"the reward {name}: main([\"--resume\"], reward_funcs=[...]) goes on with it")
     file, colon, function = name.rpartition(":")
     if not colon:
         stop(f"no reward {name}{did_you_mean(name, REWARD_FUNCS)}; there are "
@@ -1034,7 +1083,7 @@ def checked(func, label: str, fmt: str, keep: bool):
             columns["log_metric"]("variety", len(pairs) / len(completions))
         return values
 
-    reward.__name__ = getattr(func, "__name__", label)  # TRL plots rewards/{__name__}
+    reward.__name__ = label.rpartition(":")[2]  # TRL plots rewards/{__name__}
     return reward
 
 
@@ -1287,7 +1336,8 @@ def measure(run: Run, model, saved: Path | None, rows: list[dict], stage="", sam
     """Answer and grade the held-out questions with what was saved, once: evaluation_STAGE.jsonl."""
     args, fmt = run.args, run.args.format
     path = run.dir / (f"evaluation_{stage}.jsonl" if stage else "evaluation.jsonl")
-    if not rows or path.is_file() or not is_main_process():
+    asked = [row["question"] for row in rows]
+    if not rows or not is_main_process() or asked == [r["question"] for r in read_jsonl(path)]:
         return
     if model and saved and not hasattr(model, "vllm_engine"):  # its engine reads it by itself
         peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(saved), device="cpu"))
@@ -1590,7 +1640,8 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def find_run(output_dir: str | None) -> Path:
     """The run that --resume goes on with: that of --output-dir, or the newest under outputs/."""
-    wanted = [Path(output_dir)] if output_dir else list(Path("outputs").glob("*"))
+    wanted = [Path(output_dir)] if output_dir else [
+        *Path("outputs").glob("*"), *Path().glob(f"{RECIPES['cookbook']['output_dir']}*")]
     found = [path for path in wanted if (path / "args.json").is_file()]
     return max(found, key=lambda path: (path / "args.json").stat().st_mtime, default=None) or stop(
         f"no run in {output_dir or 'outputs/'} to go on with; start without --resume")
@@ -1598,9 +1649,10 @@ def find_run(output_dir: str | None) -> Path:
 
 def choose_run_dir(args) -> Path:
     """The run to resume, or a fresh directory: a taken one gets a number."""
-    if args.resume:
-        return find_run(args.output_dir)
     path, n = Path(args.output_dir or f"outputs/{args.recipe}"), 1
+    if args.resume:
+        return path
+    path = path if path.name else path.resolve()  # "."
     wanted = path.name
     while path.is_dir() and any(path.iterdir()):
         path, n = path.with_name(f"{wanted}-{n + 1}"), n + 1
@@ -1615,10 +1667,11 @@ def start_run(run: Run) -> None:
         write_whole(run.dir / name, run.record)
 
 
-def run_record(args, base: Base, shots, limit: int) -> dict:
+def run_record(args, base: Base, shots, limit: int, source: str) -> dict:
     """args.json: what reproduces the run, and what infer.py needs to prompt alike."""
-    once = ("typed", "why", "resume", "config", "dry_run", "export", "hub_id", "output_dir")
+    once = ("typed", "why", "resume", "config", "dry_run", "output_dir")
     options = {name: value for name, value in vars(args).items() if name not in once}
+    options["dataset"] = source  # may be what stood in for it
     same = ("recipe", "seed", "dtype", "format", "chat_template", "chat_template_kwargs", "typed")
     versions = {name: have for name in ("torch", *TESTED) if (have := installed(name))}
     here, git = Path(globals().get("__file__", ".")).resolve().parent, None  # none in a notebook
@@ -1674,12 +1727,16 @@ border-bottom:1px solid #ccc}}td:nth-child(2),td:nth-child(4){{min-width:14em}}<
 
 def export(args, base: Base, model, tokenizer) -> None:
     """Write what --export asked for of the adapter of `base`, beside it."""
-    merged = base.adapter.parent / "merged_16bit"
+    cached = base.adapter.is_relative_to(huggingface_hub.constants.HF_HUB_CACHE)
+    merged = (Path() if cached else base.adapter.parent) / "merged_16bit"
     if "merged" in args.export:  # on 16-bit weights: merging onto 4-bit ones loses digits
         plain = argparse.Namespace(**vars(args) | {"load_in_4bit": False, "dtype": "bfloat16"})
         whole = put_adapter(load_base(plain, base.path), base.adapter).merge_and_unload()
         whole.save_pretrained(merged)
         tokenizer.save_pretrained(merged)
+        if record := next((path / "args.json" for path in (base.adapter, base.adapter.parent)
+                           if (path / "args.json").is_file()), None):
+            shutil.copy(record, merged)  # how to prompt it
         print(f"merged: {merged}")
     if "gguf" in args.export:
         model.save_pretrained_gguf(str(merged.with_name("gguf")), tokenizer)
@@ -1777,7 +1834,9 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
 
     Returns (trained model, tokenizer, trainer), None where nothing was trained.
     """
-    args, begun = parse_options(argv), time.time()
+    labels = [getattr(f, "__name__", type(f).__name__) for f in reward_funcs or ()]
+    args = parse_options(argv, [f"{label}{FROM_PYTHON}" for label in labels])
+    begun = time.time()
     run_dir = choose_run_dir(args)  # in all processes, before one makes it
     start_backend(args)
     # One process downloads, the others find it; later they wait while it evaluates, maybe hours.
@@ -1791,7 +1850,7 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
         stop(f"--max-prompt-length {args.max_prompt_length} + --max-completion-length {limit} "
              f"exceed the model's context of {context} tokens")
     shots, train, validation, test = prepare_rows(args, tokenizer, base, train, test)
-    run = Run(args, base, tokenizer, run_dir, limit, run_record(args, base, shots, limit))
+    run = Run(args, base, tokenizer, run_dir, limit, run_record(args, base, shots, limit, source))
     if args.evaluate_only or args.adapter and args.export:
         model, name = None, str(base.adapter or base.name)
         if args.backend == "unsloth" and (args.evaluate_only or "gguf" in args.export):
@@ -1799,14 +1858,17 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
         if not args.evaluate_only:
             return export(args, base, model, tokenizer)
         start_run(run)
+        print(f"questions: {source}: {len(test)} held out")
         measure(run, model, base.adapter, test, samples=args.samples)
         if results := read_jsonl(run_dir / "evaluation.jsonl"):
             report({name: results}, run_dir / "evaluation.json")
         return print(f"in {run_dir}: evaluation.json and evaluation.jsonl")
-    names = reward_funcs or args.reward_funcs
-    weights = args.reward_weights if not reward_funcs else [1.0] * len(names)
-    rewards = [checked(find_reward(name), getattr(name, "__name__", name), args.format, i == 0)
-               for i, name in enumerate(names)]
+    labels, weights = labels or args.reward_funcs, args.reward_weights
+    rewards = [checked(find_reward(func), label, args.format, i == 0)
+               for i, (func, label) in enumerate(zip(reward_funcs or labels, labels))]
+    for i, func in enumerate(rewards):  # TRL and the samples tell rewards by their names
+        if same := [f.__name__ for f in rewards[:i]].count(func.__name__):
+            func.__name__ += f"_{same + 1}"
     for func in rewards:  # so that a faulty one is named before an hour is spent
         call_reward(func, train[:2], [row["solution"] or "1" for row in train[:2]])
     config = grpo_config(args, run_dir, limit, weights, bool(validation), newest(run_dir) is None)

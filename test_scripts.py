@@ -363,9 +363,34 @@ def test_the_record_of_a_run_with_nothing_typed_is_read(copied, capsys):
     record = json.loads((SAVED / "args.json").read_text())
     record["options"] |= dict.fromkeys(("max_completion_length", "chat_template"))
     (SAVED / "args.json").write_text(json.dumps(record))
-    script.main(["--adapter", str(SAVED), "--dataset", "data.jsonl", "--max-prompt-length", "800",
-                 "--dry-run"])
+    script.main(["--adapter", str(SAVED), "--dry-run"])
     assert "a completion (99 % of the worked solutions" in capsys.readouterr().out
+    args = script.parse_options(["--adapter", str(SAVED), "--evaluate-only"])
+    assert args.max_completion_length == record["max_completion_length"] == 8  # as it was trained
+
+
+def test_what_a_run_recorded_asks_its_adapter_again(copied, capsys, monkeypatch):
+    """Questions, format, examples and limits, with nothing typed; also of a Hub adapter, and of
+    weights named by --model. What the machine decided is decided anew."""
+    (copied / "plain.jsonl").write_text(lines({"question": "2 + 3?", "answer": 5} for _ in "ab"))
+    script.main(["--export", "merged", "--adapter", str(SAVED)])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(SAVED))
+    for place in (["--adapter", str(SAVED)], ["--adapter", "owner/name"],
+                  ["--model", str(RUN / "merged_16bit")]):
+        args = script.parse_options([*place, "--evaluate-only"])
+        assert (args.format, args.few_shot, args.dataset) == ("cookbook", 1, "data.jsonl")
+        assert (args.max_prompt_length, args.max_completion_length) == (800, 8)
+        assert script.parse_options([*place, "--dataset", "generated"]).dataset == "generated"
+    script.main(["--adapter", str(SAVED), "--evaluate-only", "--dataset", "plain.jsonl",
+                 "--eval-dataset", "plain.jsonl", "--output-dir", "m"])  # shown what it was shown
+    assert "questions: plain.jsonl: 2 held out" in capsys.readouterr().out
+    script.main(["--adapter", str(SAVED), "--evaluate-only", "--output-dir", "n"])
+    held_out = {row["question"] for row in read_rows(RUN / "evaluation_after.jsonl")}
+    assert {row["question"] for row in read_rows("n/evaluation.jsonl")} == held_out
+    for seed in "12":  # training with another one saw none of them
+        _, _, test = script.load_questions(script.parse_options(
+            ["--dataset", "data.jsonl", "--seed", seed]))
+        assert {row["question"] for row in test} >= held_out
 
 
 def test_exported_weights_answer_as_the_adapter_does(copied):
@@ -494,6 +519,51 @@ def test_a_base_recorded_elsewhere_is_named_by_model(recorded, copied, tiny_mode
     (adapter / "chat_template.jinja").write_text("{{ messages[-1]['content'] }} Well: ")
     base = script.find_base(str(tiny_model), "brought", True)
     assert infer.render("q", {}, script.load_tokenizer(base)) .endswith("q Well: ")
+
+
+def test_resume_goes_on_with_what_the_run_had(workplace, tiny_model, capsys, monkeypatch):
+    """The questions that stood in for the Hub's, rows and rewards from Python, lists, exports."""
+    def resume(*more, **given):
+        return lambda argv: script.main(["--resume", "--output-dir", *argv, *more], **given)
+
+    def worth(completions, **kwargs):
+        return [len(c[0]["content"].encode()) % 7 for c in completions]
+
+    options = [word for word in arguments(tiny_model, "--eval-questions", "2", "--set",
+                                          "epsilon_high=0.3") if word != "data.jsonl"]
+    options.remove("--dataset")
+    rows = laptop.generate_questions(12)
+    script.main([*options, "--recipe", "small-models", "--report-to", "none", "--output-dir", "r"])
+    record = json.loads(Path("r/args.json").read_text())
+    assert record["options"]["dataset"] == "generated" and "stands" not in capsys.readouterr().out
+    with monkeypatch.context() as patch:  # the Hub is back
+        patch.setattr(script, "hub_rows", lambda *_: rows)
+        resume("--max-steps", "3", "--set", "epsilon_high=0.3")(["r"])
+    assert "questions: generated" in capsys.readouterr().out
+    script.main([*options[:-4], "--output-dir", "p", "--export", "merged", "--reward-weights", "3"],
+                reward_funcs=[worth], train=rows[4:], test=rows[:4])
+    assert "rewards:   3 worth" in capsys.readouterr().out
+    shutil.rmtree("p/merged_16bit")
+    assert "started from Python" in stopped(capsys, resume(), ["p"])
+    line = stopped(capsys, resume(train=rows[4:], test=rows[:4]), ["p"])
+    assert "worth" in line and "reward_funcs=[...]" in line
+    resume("--max-steps", "3", reward_funcs=[worth], train=rows[4:], test=rows[:4])(["p"])
+    assert Path("p/merged_16bit/args.json").is_file()
+    asked = {row["question"] for row in rows[:4]}
+    assert {row["question"] for row in read_rows("p/evaluation_after.jsonl")} <= asked
+
+
+def test_rewards_of_one_name_and_those_without_are_told_apart(workplace, tiny_model, capsys):
+    from functools import partial
+
+    Path("same.py").write_text("def vowels(completions, **kwargs):\n"
+                               "    return [1.0 for _ in completions]\n")
+    script.main([*arguments(tiny_model, "--dry-run"), "--reward-funcs", "noisy.py:vowels",
+                 "same.py:vowels"])
+    assert "rewards:   1 vowels + 1 vowels_2" in capsys.readouterr().out
+    script.main(arguments(tiny_model, "--dry-run"), reward_funcs=[
+        partial(lambda base, completions, **_: [base] * len(completions), 1.0)])
+    assert "rewards:   1 partial" in capsys.readouterr().out
 
 
 def test_training_goes_on_from_an_adapter_and_saves_no_reference(copied, capsys):
@@ -740,6 +810,12 @@ def test_config_file_gives_options_and_the_command_line_wins(workplace, capsys):
     args = script.parse_options(["--config", "c.yaml", "--max-steps", "9"])
     assert (args.max_steps, args.learning_rate, args.load_in_4bit) == (9, 0.003, False)
     assert args.reward_weights == [1.0, 1.0] and args.chat_template_kwargs == {"a": 1}
+    Path("c.yaml").write_text(
+        "max-steps: null\nmodel:\nexport: []\nvllm: off\nskip-evaluation: no\n")
+    args, plain = (script.parse_options(argv) for argv in (["--config", "c.yaml"], []))
+    assert args.vllm == "off"  # YAML reads off and no as false; null is as if it were not there
+    assert all(getattr(args, name) == getattr(plain, name)
+               for name in ("max_steps", "model", "export", "eval_questions"))
     for text, says in (("[1, 2]", "no table"), ("steps: 2", "unknown option --steps"),
                        ("max-steps: 0", "0 is not at least 1"), ("a: [", "--config c.yaml")):
         Path("c.yaml").write_text(text)
