@@ -88,9 +88,10 @@ def newest_adapter() -> Path:
              for path in Path().glob(f"{kind}/*/adapter_config.json")
              if not path.parent.name.startswith(("checkpoint-", "."))]
     whole = [path for path in found if path.name != "warm_start_lora"]  # that of a broken run
+    models = sorted(Path().glob("outputs/*/final_model"))  # of --full-finetune
     return max(whole or found, key=lambda path: path.stat().st_mtime, default=None) or stop(
         "no adapter under outputs/ yet: train one with `python reasoning_model_grpo.py`, or name "
-        "one with --adapter DIR or --model NAME")
+        f"one with --adapter DIR or --model {models[-1] if models else 'NAME'}")
 
 
 def training_script(what: str = ""):
