@@ -264,9 +264,6 @@ def parse_options(argv: list[str] | None, rewards: list[str] | None = None) -> a
             parser.set_defaults(model=was["base_model"])
             typed_before.add("model")
     args = parser.parse_args(argv)
-    args.set = list(dict.fromkeys(args.set))  # typed again beside --resume
-    if rewards:
-        args.reward_funcs, typed = rewards, typed | {"reward_funcs"}
     packages = {name for name in ("unsloth", "vllm") if installed(name)}
     capable = bool(gpu()) or os.environ.get("UNSLOTH_FORCE_CPU") == "1"  # Unsloth's own switch
     backend, vllm, why = choose_backend(args.backend, args.vllm, capable, packages,
@@ -285,6 +282,9 @@ def parse_options(argv: list[str] | None, rewards: list[str] | None = None) -> a
                  "--no-load-in-4bit, --vllm off, or one process with --backend unsloth")
         vllm, why = "off", f"{why}, but off for 4-bit weights, which TRL can't send it"
     args.backend, args.vllm, args.why = backend, vllm, why
+    args.set = list(dict.fromkeys(args.set))  # typed again beside --resume
+    if rewards:
+        args.reward_funcs, typed = rewards, typed | {"reward_funcs"}
     args.typed = sorted(typed | typed_before)
     fill_in(args, typed)
     free = {"resume", "max_steps", "save_steps", "report_to", "project_name", "output_dir",

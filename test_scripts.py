@@ -966,8 +966,10 @@ def test_a_gpus_memory_bounds_every_recipe(gigabytes, bounds, packages, gpu, cap
         packed = gigabytes < 30 if packages and lora else own.get("load_in_4bit", False)
         assert args.load_in_4bit == packed, recipe
         assert script.memory_preset(gigabytes, vars(args), bool(packages)) == {}  # bounded already
-    args = script.parse_options(["--recipe", "qwen-3b", "--max-completion-length", "1500"])
-    assert args.max_completion_length == 1500  # typed: kept
+    args = script.parse_options(["--recipe", "qwen-3b", "--max-completion-length", "1500", "--set",
+                                 "top_k=5"], ["f (given from Python)"])
+    assert args.max_completion_length == 1500 and args.set == ["top_k=5"]  # typed: kept
+    assert args.reward_funcs == ["f (given from Python)"] and args.reward_weights == [1.0]
 
 
 def test_the_backend_and_its_reason_follow_from_a_pretended_gpu(gpu, capsys):
