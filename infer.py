@@ -16,13 +16,14 @@ import importlib.util
 import json
 import os
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 from rewards import (
-    FORMATS, OneLineParser, answer_block, build_prompt, choose_backend, complete_with_vllm,
-    fold_system, max_lora_rank, number, printable, refuses_system, render_prompts, stop, vote,
+    FORMATS, OneLineParser, after_thinking, answer_block, build_prompt, choose_backend,
+    complete_with_vllm, fold_system, max_lora_rank, number, printable, refuses_system,
+    render_prompts, stop, vote,
 )
 
 CHUNK = 64  # questions answered before they are shown and written
@@ -43,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adapter", metavar="DIR", help="or OWNER/NAME; default: the newest under outputs/")
     add("--model", help="without --adapter: a base or fully trained model; with it: its base")
     add("--engine", choices=("auto", "unsloth", "vllm", "transformers"), default="auto")
+    add("--chat-template", choices=("own", "plain"), help="plain: for a model that has none")
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="default: as trained")
     add("--max-tokens", type=number(int, 1), help="default: as in training")
     add("--temperature", type=number(float, 0), help="default: 0 = greedy; 0.8 with --samples")
@@ -66,7 +68,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         stop("--resume goes with --jsonl FILE, whose answers it goes on with")
     if args.jsonl and args.jsonl.exists() and not args.resume:
         stop(f"{args.jsonl} exists: --resume goes on with it, or name another file")
-    if args.jsonl and not os.access(args.jsonl.resolve().parent, os.W_OK | os.X_OK):
+    if args.jsonl and (args.jsonl.is_dir() or not os.access(args.jsonl.resolve().parent,
+                                                            os.W_OK | os.X_OK)):
         stop(f"{args.jsonl} can't be written; name another file")
     if args.top_p > 1:
         stop(f"--top-p {args.top_p} is not at most 1")
@@ -76,6 +79,12 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         stop("--chat streams through transformers; leave out --engine")
     if args.compare and args.model and not args.adapter:
         stop("--compare needs an adapter; --model alone has none")
+    beside = [name for name in ("question", "file", "json", "jsonl", "compare")
+              if args.chat and getattr(args, name)]
+    if beside or args.question is not None and args.file:
+        stop(f"--chat takes no {beside[0]}; leave it out" if beside else
+             "a question and --file: leave one out")
+    args.typed_temperature = args.temperature
     if args.temperature is None:
         args.temperature = 0.8 if args.samples > 1 else 0.0
     if not (args.adapter or args.model):
@@ -103,14 +112,18 @@ def training_script(what: str = ""):
 
 def read_questions(args) -> list[str]:
     if args.question is not None:
-        return [args.question.strip() or stop("the question is empty")]
+        text = args.question.encode("utf-8", "replace").decode()  # what was typed may not be UTF-8
+        return [text.strip() or stop("the question is empty")]
     if args.file is None and ("ipykernel" in sys.modules or sys.stdin.isatty()):
         stop('no question: python infer.py "How many ...?", or --file, or standard input')
     if args.file is None:
-        rows = [{"question": line} for line in sys.stdin if line.strip()]
+        with suppress(AttributeError, ValueError):  # what stands in for it, or is being read
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
+        questions = [line.strip() for line in sys.stdin if line.strip()]
     else:
-        rows, _ = training_script("--file").read_data(args.file)
-    questions = [str(row.get("question") or "").strip() for row in rows]
+        script = training_script("--file")
+        rows, _ = script.read_data(args.file)
+        questions = [script.text_of(row.get("question")) for row in rows]
     if "" in questions:
         i = questions.index("")
         stop(f"{args.file}, row {i + 1}: no question in {str(rows[i])[:80]}")
@@ -121,7 +134,7 @@ def answered(args, questions: list[str]) -> int:
     """How many questions FILE of --jsonl answers already; a line cut short by a break is redone."""
     if not args.resume or not args.jsonl.is_file():
         return 0
-    *whole, rest = args.jsonl.read_text(encoding="utf-8").split("\n")
+    *whole, rest = args.jsonl.read_text(encoding="utf-8", errors="replace").split("\n")
     try:
         same = [json.loads(line)["question"] for line in whole] == questions[: len(whole)]
     except (ValueError, KeyError, TypeError):  # no lines of ours
@@ -298,7 +311,7 @@ def ask(generate, texts: list[str], samples: int, fmt: str, **how) -> list[dict]
         chosen, count = vote([one.text for one in mine], fmt)
         best = next((one for one in mine if chosen and vote([one.text], fmt)[0] == chosen), mine[0])
         opening, closing = FORMATS[fmt].tags[:2]
-        reasoning = best.text.partition(opening)[2].partition(closing)[0].strip()
+        reasoning = after_thinking(best.text).partition(opening)[2].partition(closing)[0].strip()
         row = {"reasoning": reasoning or best.text.strip(), "answer": answer_block(best.text, fmt),
                "completion": best.text, "truncated": best.truncated}
         rows.append(row | ({"votes": count, "samples": samples} if samples > 1 else {}))
@@ -352,7 +365,7 @@ def answer_all(args, questions, texts, generate, fmt: str) -> None:
         print(f"in {args.jsonl}", file=sys.stderr)
 
 
-def chat(args, generate, tokenizer, run: dict, fold: bool, fmt: str) -> None:
+def chat(args, generate, tokenizer, run: dict, fold: bool, fmt: str, limit: int | None) -> None:
     """Questions one after the other: the reasoning streams, dimmed, then the answer in bold."""
     from rich.console import Console
     from rich.text import Text
@@ -362,7 +375,7 @@ def chat(args, generate, tokenizer, run: dict, fold: bool, fmt: str) -> None:
         def on_finalized_text(self, text, stream_end=False):
             console.print(Text(printable(text), style="dim"), end="\n" if stream_end else "")
 
-    console, turns, samples = Console(), [], args.samples
+    console, turns, samples, asked = Console(), [], args.samples, args.typed_temperature
     console.print("a question, or /samples N, /reset, /quit", style="dim")
     while True:
         try:
@@ -374,14 +387,18 @@ def chat(args, generate, tokenizer, run: dict, fold: bool, fmt: str) -> None:
             return
         if command == "/reset":
             turns = []
-        elif command == "/samples" and value.isdigit() and int(value):
+        elif command == "/samples" and value.isdecimal() and int(value):
             samples = int(value)
-            args.temperature = 0.8 if samples > 1 else 0.0
+            args.temperature = asked or (0.8 if samples > 1 else 0.0)
         elif line.startswith("/"):
             console.print("/samples N, /reset or /quit", style="dim")
         elif line:
+            text = render(line, run, tokenizer, turns, fold)
+            if limit and len(tokenizer(text).input_ids) + args.room > limit:
+                console.print(f"that exceeds the model's {limit} tokens: /reset", style="dim")
+                continue
             streamer = Dim(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            (row,) = ask(generate, [render(line, run, tokenizer, turns, fold)], samples, fmt,
+            (row,) = ask(generate, [text], samples, fmt,
                          streamer=streamer if samples == 1 else None)
             turns += [{"role": "user", "content": line},
                       {"role": "assistant", "content": row["completion"]}]
@@ -397,7 +414,8 @@ def main(argv: list[str] | None = None) -> None:
     if script := training_script():
         script.quiet_libraries()
         base = script.find_base(args.model, args.adapter, args.model is not None)
-        tokenizer = script.load_tokenizer(base, base.run.get("chat_template", "own"))
+        tokenizer = script.load_tokenizer(base, args.chat_template or base.run.get(
+            "chat_template", "own"))
         dtype = script.choose_dtype(args.dtype or base.run.get("dtype", "auto"), "unsloth")
     else:
         base, tokenizer, dtype = open_alone(args)
@@ -426,9 +444,12 @@ def main(argv: list[str] | None = None) -> None:
     generate = load_engine(args, base, tokenizer, dtype, max(lengths, default=0) + args.room,
                            many=len(questions) * args.samples > 1)
     if args.chat:
-        return chat(args, generate, tokenizer, run, fold, fmt)
+        return chat(args, generate, tokenizer, run, fold, fmt, limit)
     answer_all(args, questions, texts, generate, fmt)
 
 
 if __name__ == "__main__" and "ipykernel" not in sys.modules:  # a cell says main(["..."])
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

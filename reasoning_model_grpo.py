@@ -310,7 +310,8 @@ def recorded_options(given, typed: set[str]) -> dict:
              "max_prompt_length", "load_in_4bit"} | {"dtype"} & set(record.get("typed", []))
     if "dataset" not in typed and made.get("dataset") != GIVEN:
         names |= {"dataset", "dataset_config", "eval_dataset", "question_column", "answer_column",
-                  "eval_question_column", "eval_answer_column"}
+                  "eval_question_column", "eval_answer_column", "skip_bad"}
+        names |= {"seed"} if given.evaluate_only else set()  # generated ones follow from it
     made = {name: made[name] for name in names & made.keys() if made[name] is not None}
     if given.evaluate_only and record.get("max_completion_length"):
         made["max_completion_length"] = record["max_completion_length"]  # training measures its own
@@ -671,13 +672,13 @@ def read_json(text: str, one_a_line: bool) -> list:
 def to_questions(rows, question_columns, answer_column, name: str, skip_bad=False) -> list[dict]:
     """Rows as questions, their other columns kept for rewards; stops where one can't be used."""
     questions, bad = [], []
+    for column in (*question_columns, answer_column):
+        if rows and not any(column in row for row in rows):
+            stop(f"{name} has no column {column!r}; it has {', '.join(map(str, rows[0]))}: name "
+                 "yours with --question-column, --answer-column, or their --eval- forms")
     for i, row in enumerate(rows, 1):
-        for column in (*question_columns, answer_column):
-            if column not in row:
-                stop(f"{name} has no column {column!r}; it has {', '.join(map(str, row))}: name "
-                     "yours with --question-column, --answer-column, or their --eval- forms")
-        question = " ".join(filter(None, (text_of(row[c]) for c in question_columns)))
-        answer = text_of(row[answer_column])
+        question = " ".join(filter(None, (text_of(row.get(c)) for c in question_columns)))
+        answer = text_of(row.get(answer_column))
         gold = extract_hash_answer(answer)
         solution = answer.rpartition("####")[0].strip() if gold is not None else ""
         gold = answer if gold is None else gold
@@ -723,7 +724,7 @@ def prepare_rows(args, tokenizer, base, train: list[dict], test: list[dict]):
     test = add_prompts(test, shots, args, tokenizer, "held-out")
     # The best adapter is chosen on training questions, not on those whose figures are reported.
     cut = len(train) - (max(1, min(64, len(train) // 10)) if args.eval_steps else 0)
-    if not (args.evaluate_only or args.adapter and args.export):
+    if not args.evaluate_only:
         check_enough(args, cut, "there are")
     return shots, train[:cut], train[cut:], test
 
@@ -1734,9 +1735,9 @@ def export(args, base: Base, model, tokenizer) -> None:
         whole = put_adapter(load_base(plain, base.path), base.adapter).merge_and_unload()
         whole.save_pretrained(merged)
         tokenizer.save_pretrained(merged)
-        if record := next((path / "args.json" for path in (base.adapter, base.adapter.parent)
-                           if (path / "args.json").is_file()), None):
-            shutil.copy(record, merged)  # how to prompt it
+        if made := read_run(base.adapter, base.adapter.parent):  # how to prompt it
+            options = (made.get("options") or {}) | {"load_in_4bit": False}
+            write_whole(merged / "args.json", made | {"options": options})
         print(f"merged: {merged}")
     if "gguf" in args.export:
         model.save_pretrained_gguf(str(merged.with_name("gguf")), tokenizer)
@@ -1790,8 +1791,9 @@ def finish(run: Run, saved: Path, rows: list[dict], begun: float) -> None:
         for name, row in (("before", old), ("after", new)):
             mark = "right" if row["strict"] else "wrong"
             print(f"--- {name} ({mark})\n{printable(row['completion'].strip())}")
+    files = f"{saved.name}/, progress.png, completions.html" + ", evaluation.json" * bool(stages)
     print(f"\n{(time.time() - begun) / 60:.1f} minutes, peak memory {peak_memory_gb():.1f} GB. In "
-          f"{run.dir}: {saved.name}/, progress.png, completions.html, evaluation.json")
+          f"{run.dir}: {files}")
     flag = "--model" if run.args.full_finetune else "--adapter"
     question = shlex.quote(printable(rows[0]["question"]))
     print(f"ask it:     python infer.py {flag} {shlex.quote(str(saved))} {question}")
@@ -1844,6 +1846,10 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
         base = find_base(args.model, args.adapter, "model" in args.typed)
         parameters, context = check_model(args, base)
         tokenizer = load_tokenizer(base, args.chat_template)
+        if args.adapter and args.export and not args.evaluate_only:
+            unsloth = "gguf" in args.export
+            return export(args, base, load_unsloth(args, str(base.adapter), 512, tokenizer)
+                          if unsloth else None, tokenizer)
         source, train, test = load_questions(args, train, test)
     limit, why = completion_limit(args, tokenizer, train)
     if context and args.max_prompt_length + limit > context:
@@ -1851,12 +1857,10 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
              f"exceed the model's context of {context} tokens")
     shots, train, validation, test = prepare_rows(args, tokenizer, base, train, test)
     run = Run(args, base, tokenizer, run_dir, limit, run_record(args, base, shots, limit, source))
-    if args.evaluate_only or args.adapter and args.export:
+    if args.evaluate_only:
         model, name = None, str(base.adapter or base.name)
-        if args.backend == "unsloth" and (args.evaluate_only or "gguf" in args.export):
+        if args.backend == "unsloth":
             model = load_unsloth(args, str(base.adapter or base.path), limit, tokenizer)
-        if not args.evaluate_only:
-            return export(args, base, model, tokenizer)
         start_run(run)
         print(f"questions: {source}: {len(test)} held out")
         measure(run, model, base.adapter, test, samples=args.samples)

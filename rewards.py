@@ -172,12 +172,14 @@ _COUNT = (r"(?:an?\s++(?:hundred|thousand|million|billion|dozen|half|third|quart
           r"|(?:twen|thir|fou?r|fif|six|seven|eigh|nine)(?:ty|teen))")  # fmt: skip
 _CHANGES_VALUE = re.compile(
     # Directly behind the number: "5 thousand", "2 thirds", "2 and a half", "72 or more", "5M" ...
-    r"\A\W*+(?:(?:hundred|thousand|million|billion|trillion|dozen|third|fourth|fifth|sixth|seventh"
-    r"|eighth|ninth|tenth|hundredth|thousandth)s?|tens|half|halves|and an?|squared|cubed|pi|or"
-    r"|plus|minus|not|(?:k|bn|mn|(?-i:M|B))(?![&'’-]))\b"
+    r"\A\W*+(?:(?:hundred|thousand|(?:m|b|tr|quadr|quint)illion|lakh|crore|dozen|third|fourth|fifth"
+    r"|sixth|seventh|eighth|ninth|tenth|twelfth|[a-z]{1,9}(?:tie|teen)th|hundredth|thousandth"
+    r"|(?:m|b)illionth)s?|tens|half|halves|and an?|squared|cubed|pi|or|plus|minus|not"
+    r"|(?:k|bn|mn|(?-i:M|B))(?![&'’-]))\b"
     # ... and anywhere: "72 dollars or more", "72 dollars and fifty cents", "2 hours and a half".
     r"|\b(?:(?:is|are) not|below zero|in (?:hundred|thousand|million|billion)s"
-    rf"|or (?:more|less|fewer|so)|(?:and|or|plus|minus|point|times|less|by)\s++{_COUNT})\b",
+    r"|or (?:more|less|fewer|so)|(?:and|or|plus|minus|point|times|less|by|over|out of|dollars?|feet"
+    rf"|foot|hours?|minutes?|years?|pounds?)\s++{_COUNT})\b",
     re.IGNORECASE,
 )
 
@@ -311,7 +313,7 @@ def vote(texts: list[str], fmt: str) -> tuple[str | None, int]:
     Answers that are no number don't vote; (None, 0) if none is.
     """
     votes = Counter(n for text in texts if (n := _read_answer(text, fmt)) is not None)
-    return next(((str(n), count) for n, count in votes.most_common(1)), (None, 0))
+    return next(((f"{n:f}", count) for n, count in votes.most_common(1)), (None, 0))
 
 
 def _read_answer(text: str, fmt: str) -> Decimal | None:

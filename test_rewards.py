@@ -126,6 +126,11 @@ NUMBERS = [
     ("1080,000", None, "long first group"), (",072", None, "no first group"),
     ("1.080.000", None, "points as separators"), ("1_000", None, "underscore"),
     ("12:30", None, "a time"), ("--5", None, "two signs"), ("-$-5", None, "two signs"),
+    ("72 dollars fifty cents", None, "two amounts"), ("5 feet six inches", None, "two measures"),
+    ("5 out of six", None, "a fraction"), ("5 over six", None, "a fraction"),
+    ("5 twelfths", None, "a fraction"), ("7 twentieths", None, "a fraction"),
+    ("5 quadrillion", None, "scale word"), ("5 crore", None, "scale word"),
+    ("72 miles one way", "72", "a unit and more"), ("5 canteens", "5", "a unit"),
     ("5 thousand", None, "scale word"), ("5k", None, "scale letter"), ("5M", None, "million"),
     ("2 dozen", None, "scale word"), ("72 or more", None, "hedge"), ("<= 72", None, "bound"),
     ("x != 72", None, "not equal"), ("~72", None, "about"), ("72!", None, "factorial"),
@@ -261,6 +266,7 @@ def test_the_vote_takes_the_most_frequent_number_and_the_first_on_a_tie():
     texts = [perfect("7"), perfect("8.0"), perfect("8"), "72", perfect("many"), BLOCK("7") * 2]
     assert vote(texts, "xml") == ("8.0", 2)
     assert vote([perfect("7"), perfect("8")], "xml") == ("7", 1)
+    assert parse_number(vote([perfect("0.0000001")], "xml")[0]) == Decimal("1e-7")
     assert vote(["72"], "xml") == vote([], "xml") == (None, 0)
 
 

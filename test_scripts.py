@@ -398,8 +398,8 @@ def test_exported_weights_answer_as_the_adapter_does(copied):
     from transformers import AutoModelForCausalLM
 
     strong(SAVED, copied / "strong", 0)
-    script.main(["--export", "merged", "--adapter", "strong", "--dataset", "data.jsonl",
-                 "--max-prompt-length", "800"])
+    (copied / "data.jsonl").unlink()  # no question is needed
+    script.main(["--export", "merged", "--adapter", "strong", "--dataset", "data.jsonl"])
     ids = torch.arange(20, 60)[None]
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained("merged_16bit", dtype=torch.float32)(ids)
@@ -1185,6 +1185,8 @@ ROWS = [  # the file's text, options, what is asked with which golds (or what th
             {"question": " ", "answer": 3}]), "", "2 of 3 rows", "D2: null and empty"),
     (lines([{"question": "a", "answer": 1}, {"question": None, "answer": 2}]), "--skip-bad",
      [("a", "1")], "D2: left out, aloud"),
+    (lines([{"question": "a", "answer": 1}, {"question": "b"}]), "--skip-bad", [("a", "1")],
+     "a column that a row lacks"),
     ('{"question": "a", "answer": 2.0107e-06}\n{"question": "b", "answer": 1e+16}\n'
      '{"question": "c", "answer": 0.12345678901234567890}', "",
      [("a", "0.0000020107"), ("b", "10000000000000000"), ("c", "0.12345678901234567890")],
@@ -1387,6 +1389,8 @@ def test_samples_vote_and_text_does_not_steer_the_terminal(scripted, capsys):
     scripted(["none", "<answer>"], "2 + 2?", "--samples", "2", "--json")
     row = json.loads(capsys.readouterr().out)
     assert row["answer"] is None and row["votes"] == 0 and row["samples"] == 2
+    scripted([f"<think>{xml(3)}</think>{xml(4)}"], "2 + 2?")
+    assert "as 4" in capsys.readouterr().out  # the reasoning shown is that which counts
     scripted([xml("\x1b[2J\x07\r4")], "2 + 2?")
     said = capsys.readouterr().out
     assert said.isprintable() or set(c for c in said if not c.isprintable()) == {"\n"}
@@ -1401,8 +1405,8 @@ def test_a_broken_batch_keeps_its_answers_and_resumes(scripted, workplace, capsy
     assert len(read_rows("out.jsonl")) == 2
     line = stopped(capsys, scripted, [xml(1)], *ask)
     assert "out.jsonl exists: --resume goes on with it" in line
-    with open("out.jsonl", "a") as file:
-        file.write('{"question": "c?", "ans')  # as a power cut leaves it
+    with open("out.jsonl", "ab") as file:
+        file.write('{"question": "c?", "answer": "é'.encode()[:-1])  # as a power cut leaves it
     assert scripted([xml(3)], *ask, "--resume").asked == ["c?"]
     assert [(row["question"], row["answer"]) for row in read_rows("out.jsonl")] == [
         ("a?", "1"), ("b?", "2"), ("c?", "3")]
@@ -1433,6 +1437,9 @@ ASKING = [
     (["--chat", "--engine", "vllm"], "--chat streams through transformers"),
     (["q", "--compare", "--model", "x"], "--compare needs an adapter"),
     (["q", "--samples", "0"], "0 is not at least 1"),
+    (["q", "--file", "bad.jsonl", "--model", "TINY"], "a question and --file"),
+    (["--chat", "--json", "--model", "TINY"], "--chat takes no json"),
+    (["q", "--jsonl", ".", "--resume", "--model", "TINY"], ". can't be written"),
 ]
 
 
@@ -1484,7 +1491,8 @@ def test_what_an_engine_prints_stays_out_of_the_answers(workplace, tiny_model, m
 
 
 def test_chat_takes_commands_and_remembers_until_reset(scripted, monkeypatch, capsys):
-    said = iter(["first?", "second?", "/reset", "/nonsense", "/samples 2", "third?", "/quit"])
+    said = iter(["first?", "second?", "/reset", "/nonsense", "/samples ²", "/samples 2", "third?",
+                 "long? " * 5000, "/quit"])
     monkeypatch.setattr("rich.console.Console.input", lambda *_, **__: next(said))
     engine = scripted([xml(1), xml(2), xml(3), xml(3)], "--chat")
     printed = capsys.readouterr().out
@@ -1492,6 +1500,7 @@ def test_chat_takes_commands_and_remembers_until_reset(scripted, monkeypatch, ca
     assert "first?" in engine.texts[1] and "as 1" in engine.texts[1]  # it remembers
     assert "second?" not in engine.texts[2]
     assert "answer: 1" in printed and "answer: 3 (2 of 2)" in printed
+    assert "exceeds the model's 4096 tokens: /reset" in printed
 
 
 def test_chat_streams_from_the_model_and_ends_with_the_input(tiny_model, monkeypatch, capsys):
