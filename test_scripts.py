@@ -758,7 +758,7 @@ PLANS = {  # what the five projects say of each
     "small-models": ["200 x 1 questions x 8 completions", "LoRA rank 16", "at most 512 ",
                      "2 correctness_reward_func + 1 int_reward_func + 1 strict_format_reward_func "
                      "+ 1 soft_format_reward_func + 1 xmlcount_reward_func"],
-    "smollm2-135m": ["28 x 4 questions x 8 completions, after 14 supervised", "LoRA rank 16",
+    "smollm2-135m": ["40 x 4 questions x 8 completions, after 14 supervised", "LoRA rank 16",
                      "outputs/smollm2-135m", "of the worked solutions"],
     "cookbook": ["50 x 4 questions x 4 completions", "4-bit, LoRA rank 16", "at most 1024 ",
                  "trl_grpo_outputs", "<SOLUTION>", "1 match_format_exactly + 1 match_format_a"],
