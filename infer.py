@@ -448,8 +448,9 @@ def main(argv: list[str] | None = None) -> None:
     answer_all(args, questions, texts, generate, fmt)
 
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules:  # a cell says main(["..."])
+if __name__ == "__main__":
     try:
-        main()
+        if "ipykernel" not in sys.modules:  # a cell says main(["..."]) itself
+            main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -228,7 +228,8 @@ ADAPTERS = {
         "empty": b"", "list": b"[1]", "open": b"{", "latin": b"\xff", "options": b'{"options": 3}',
         "format": b'{"options": {"format": "nope"}}', "base": b'{"base_model": 3}',
         "limit": b'{"options": {"max_completion_length": "x"}}', "shots": b'{"shots": 3}',
-        "pairs": b'{"shots": [["a"]]}', "dtype": b'{"options": {"dtype": "nope"}}',
+        "pairs": b'{"shots": [["a"]]}',
+        "dtype": b'{"options": {"dtype": "nope"}, "typed": ["dtype"]}',
         "kwargs": b'{"options": {"chat_template_kwargs": "x"}}'}.items()},
     "tokenizer": lambda place: [put(f"tokenizer{k}.json", b"{")(place) for k in ("", "_config")],
     "weights-folder": lambda place: [(place / WEIGHTS).unlink(), (place / WEIGHTS).mkdir()],
@@ -826,6 +827,9 @@ from pathlib import Path
 def vowels(completions, **kwargs):
     return [sum(c in "aeiou0123" for c in m[-1]["content"]) / 8 for m in completions]
 
+def spread(completions, **kwargs):  # another one for each text
+    return [sum(m[-1]["content"].encode()) % 97 / 97 for m in completions]
+
 def resident(completions, trainer_state=None, **kwargs):
     if trainer_state:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -909,7 +913,7 @@ def test_two_processes_learn_what_one_with_twice_the_batch_does(
     for batch, run in (("8", "one"), ("4", "two")):
         argv = arguments(tiny_model, "--batch-size", batch, "--eval-questions", "0", "--output-dir",
                          run, "--max-steps", "4", "--learning-rate", "1e-3",
-                         reward="odd.py:vowels")
+                         reward="odd.py:spread")
         if run == "two":
             whole = launched(*argv, FIXED="1")
             assert whole.communicate(timeout=300) and whole.returncode == 0
