@@ -512,9 +512,7 @@ def laptop(what: str = ""):
 
 
 def start_backend(args) -> None:
-    """Import Unsloth before trl, peft and transformers, which it patches; quiet them all."""
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-                   "HF_HUB_DISABLE_TELEMETRY": "1", "DATASETS_VERBOSITY": "critical"}
+    """Import Unsloth before trl, peft and transformers, which it patches; then quiet them all."""
     if args.backend == "unsloth":
         if gpu() and gpu().major < 8:  # FlashInfer there: minutes of nvcc, then a crash
             os.environ.setdefault("UNSLOTH_VLLM_NO_FLASHINFER", "1")
@@ -525,6 +523,7 @@ def start_backend(args) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         with redirect_stdout(io.StringIO()):  # banners
             import unsloth  # noqa: F401
+        datasets.disable_progress_bars()  # imported by now, so it has read its variable
     elif args.vllm == "colocate" and gpu().major < 8:  # TRL passes no attention backend on
         import trl.generation.vllm_generation as rollouts
 
@@ -540,6 +539,8 @@ def quiet_libraries() -> None:
     """Keep the screen for what the user needs; under `accelerate launch`, for one process."""
     if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+                   "HF_HUB_DISABLE_TELEMETRY": "1", "DATASETS_VERBOSITY": "critical"}
     warnings.filterwarnings("ignore")
     for name in ("bitsandbytes", "trl", "datasets", "huggingface_hub", "accelerate", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1455,6 +1455,14 @@ def test_asking_wrongly_ends_in_one_line(argv, says, workplace, tiny_model, caps
     assert says in stopped(capsys, infer.main, argv, informed=True)
 
 
+def test_libraries_are_as_quiet_when_asking_as_in_training(monkeypatch):
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    for name in quiet:
+        monkeypatch.delenv(name, raising=False)
+    script.quiet_libraries()  # all that infer.py and benchmark.py call
+    assert {name: os.environ.get(name) for name in quiet} == quiet
+
+
 def test_many_questions_from_standard_input(workplace, tiny_model, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # nbclient's, not a notebook's
