@@ -1,4 +1,4 @@
-"""Draw docs/scaling.png: what a step costs as the work grows. python .ci/make_scaling.py, an hour.
+"""Draw docs/scaling.png: what a step costs as the work grows. python .ci/make_scaling.py, half an hour.
 
 Each point is a training step of four groups in a process of its own (`benchmark.train`); a legend
 names the exponent of a power law through its points. The figures go to outputs/scaling.json.
@@ -15,6 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -23,7 +24,7 @@ import benchmark  # noqa: E402
 PANELS = {  # what grows: (row's key, how the points differ)
     "completion length, tokens": ("length", [{"length": n} for n in (64, 128, 256, 512)]),
     "group size, completions": ("group", [{"group": n} for n in (4, 8, 16, 32)]),
-    "prompt, tokens": ("prompt", [{"shots": n} for n in (0, 2, 4, 8)]),
+    "prompt, tokens": ("prompt", [{"shots": n} for n in (0, 2, 4)]),
 }
 MEASURES = {"step": ("seconds a step", "#0072B2"), "generation": ("of it generation", "#E69F00"),
             "peak GB": ("peak memory, GB", "#009E73")}
@@ -39,7 +40,7 @@ def main() -> None:
         small=False, steps=1)
     file = ROOT / "outputs/scaling.json"
     done = json.loads(file.read_text()) if file.is_file() else {}  # goes on where it was
-    figure, panels = plt.subplots(1, 3, figsize=(14, 4.2))
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4.2), sharey=True)
     for axes, (what, (key, points)) in zip(panels, PANELS.items()):
         rows = []
         for point in points:
@@ -61,8 +62,11 @@ def main() -> None:
         axes.set_xlabel(what)
         axes.set_xticks(xs, [f"{x:.0f}" for x in xs])
         axes.minorticks_off()
+        axes.margins(y=0.3)  # room for the legend
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper left")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_title("4 x 8 completions, prompts of 67 tokens", fontsize=9)
     panels[1].set_title("4 groups, completions of 64 tokens", fontsize=9)
