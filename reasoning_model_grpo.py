@@ -474,7 +474,8 @@ def installed(package: str) -> str | None:
 def unusable_gpu() -> str | None:
     """Why torch can't use the GPU that nvidia-smi shows, with the remedy; None where it can."""
     ask = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    if not gpu() and shutil.which(ask[0]):
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # by the user, on purpose
+    if not gpu() and not hidden and shutil.which(ask[0]):
         with suppress(OSError, subprocess.SubprocessError, IndexError):
             done = subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True)
             return (f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, can't use "

@@ -1012,6 +1012,10 @@ def test_a_gpu_that_torch_cannot_use_is_named_in_one_line(
             for typed in (["--recipe", "qwen-3b"], ["--backend", "unsloth"]):
                 line = stopped(capsys, script.main, arguments(tiny_model, *typed))
                 assert "Tesla T4" in line and "requirements.txt" in line
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    smi.write_text("#!/bin/sh\necho 'Tesla T4, 470.82'\n")
+    script.main(arguments(tiny_model, "--dry-run"))
+    assert "Tesla T4" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("capability, old", [((7, 5), True), ((8, 9), False)])
@@ -1777,8 +1781,9 @@ def real_model():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", PLANS)
-def test_every_recipe_trains_the_small_model(recipe, real_model, workplace, capsys):
+def test_every_recipe_trains_the_small_model(recipe, real_model, workplace, capsys, monkeypatch):
     """The 4-bit ones in 4-bit; the warm start has an untrained model earn and learn something."""
+    monkeypatch.setattr(script, "WARM_START_BATCH", 2)
     script.main(["--recipe", recipe, "--model", laptop.PACKAGE, "--dataset", "generated",
                  "--report-to", "none", "--max-steps", "2", "--max-completion-length", "12",
                  "--warm-start", "1", "--eval-questions", "2", "--output-dir", "run",
@@ -1807,7 +1812,7 @@ def test_the_packaged_model_is_smollm2_with_its_tokenizer(real_model, capsys):
 @pytest.mark.slow
 def test_the_real_model_learns_the_format(real_model, workplace, capsys):
     """Warm start and GRPO take strict format from nothing to most answers, in a few minutes."""
-    script.main(["--max-steps", "3", "--eval-questions", "16"])
+    script.main(["--max-steps", "1", "--eval-questions", "16"])
     assert f"model: SmolLM2-135M-Instruct from the Python package {laptop.PACKAGE}" in (
         capsys.readouterr().out)
     stages = json.loads((RUN / "evaluation.json").read_text())["stages"]
