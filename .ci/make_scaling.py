@@ -1,7 +1,8 @@
-"""Draw docs/scaling.png: what a step costs as the work grows. python .ci/make_scaling.py, half an hour.
+"""Draw docs/scaling.png: what a step costs as the work grows. python .ci/make_scaling.py
 
 Each point is a training step of four groups in a process of its own (`benchmark.train`); a legend
-names the exponent of a power law through its points. The figures go to outputs/scaling.json.
+names the exponent of a power law through its points. Half an hour and more; the figures go to
+outputs/scaling.json, from which it goes on.
 """
 
 import json
