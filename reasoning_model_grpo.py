@@ -812,8 +812,6 @@ def find_base(model: str | None, adapter: str | None, named: bool) -> Base:
     place = find_adapter(adapter)
     record = read_record(place / "adapter_config.json", base_model_name_or_path=str, r=int,
                          lora_alpha=(int, float))
-    if (record.get("r", 8) or 0) < 1:
-        stop(f"{place / 'adapter_config.json'} names no rank r; is it damaged?")
     run = read_run(place, place.parent)
     recorded = run.get("base_model") or record.get("base_model_name_or_path") or ""
     if not (named or recorded):
@@ -1079,10 +1077,10 @@ def checked(func, label: str, fmt: str, keep: bool):
             if isinstance(value, str) or value is not None and not math.isfinite(value):
                 stop(f"reward {label} returned {value!r}, which is no number, for the completion "
                      f"{completion_text(completion)[:60]!r}")
-        # Beside the completions that TRL keeps.
-        for name in ("question", "answer") if keep and "log_extra" in columns else ():
-            columns["log_extra"](name, columns[name])
-        if keep and "log_metric" in columns:  # different texts, as a share of all
+        if keep:
+            for name in ("question", "answer"):  # beside the completions that TRL keeps
+                columns["log_extra"](name, columns[name])
+            # Different texts, as a share of all.
             pairs = {(str(p), completion_text(c)) for p, c in zip(prompts, completions)}
             columns["log_metric"]("variety", len(pairs) / len(completions))
         return values
@@ -1101,7 +1099,7 @@ def call_reward(func, rows: list[dict], texts: list[str]) -> list[float]:
                 log_metric=lambda *_: None)
 
 
-def grpo_config(args, output_dir: Path, limit: int, weights, validate=False, fresh=True):
+def grpo_config(args, output_dir: Path, limit: int, validate=False, fresh=True):
     """TRL's GRPOConfig: the options, then our own defaults, which --set may change."""
     vllm = "off" if args.backend == "unsloth" else args.vllm  # Unsloth's trainer sets its own
     known = {field.name: field.default for field in dataclasses.fields(trl.GRPOConfig)}
@@ -1109,7 +1107,7 @@ def grpo_config(args, output_dir: Path, limit: int, weights, validate=False, fre
         # A field: the option, and the value.
         "output_dir": ("output_dir", str(output_dir)), "run_name": ("output_dir", output_dir.name),
         "project": ("project_name", args.project_name), "use_cpu": ("backend", not gpu()),
-        "reward_weights": ("reward_weights", weights), "use_vllm": ("vllm", vllm != "off"),
+        "use_vllm": ("vllm", vllm != "off"),
         "vllm_mode": ("vllm", "server" if vllm == "server" else "colocate"),
         "max_completion_length": ("max_completion_length", limit),
         "per_device_train_batch_size": ("batch_size", args.batch_size),
@@ -1362,16 +1360,13 @@ def measure(run: Run, model, saved: Path | None, rows: list[dict], stage="", sam
             "flexible": int(is_correct(texts[0], gold, mode="flexible", fmt=fmt)),
             "format": int(format_fault(texts[0], fmt) is None)})
         if samples > 1:  # the columns above are the first one's
-            chosen = parse_number(vote(texts, fmt)[0] or "")
-            same = chosen is not None and chosen == parse_number(gold)
+            same = parse_number(vote(texts, fmt)[0] or "") == parse_number(gold)
             results[-1] |= {"samples": texts, "right": sum(right), "majority": int(same)}
     write_whole(path, results)
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """The 95 % interval of a proportion (Wilson 1927): 30 of 100 is 0.219 to 0.396."""
-    if n == 0:
-        return 0.0, 1.0
     z, p = 1.959964, successes / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -1751,7 +1746,7 @@ def export(args, base: Base, model, tokenizer) -> None:
 
 
 # ---- The run -------------------------------------------------------------------------------------
-def show_plan(run: Run, parameters, source, train, test, why, rewards, weights) -> None:
+def show_plan(run: Run, parameters, source, train, test, why, rewards) -> None:
     args, n, base = run.args, run.args.num_generations, run.base
     device = f"{gpu().name}, {gpu().total_memory / 1e9:.0f} GB" if gpu() else (
         f"CPU, {torch.get_num_threads()} threads")
@@ -1773,7 +1768,7 @@ def show_plan(run: Run, parameters, source, train, test, why, rewards, weights) 
         "steps": f"{args.max_steps} x {completions_a_step(args) // n} questions x {n} "
                  f"completions{warm}",
         "tokens": f"about {prompt:.0f} a prompt, at most {run.limit} a completion ({why})",
-        "rewards": " + ".join(f"{w:g} {r.__name__}" for w, r in zip(weights, rewards)),
+        "rewards": " + ".join(f"{w:g} {r.__name__}" for w, r in zip(args.reward_weights, rewards)),
         "output": str(run.dir),
     }
     print("\n".join(f"{name + ':':<11}{text}" for name, text in lines.items()), flush=True)
@@ -1870,7 +1865,7 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
         if results := read_jsonl(run_dir / "evaluation.jsonl"):
             report({name: results}, run_dir / "evaluation.json")
         return print(f"in {run_dir}: evaluation.json and evaluation.jsonl")
-    labels, weights = labels or args.reward_funcs, args.reward_weights
+    labels = labels or args.reward_funcs
     rewards = [checked(find_reward(func), label, args.format, i == 0)
                for i, (func, label) in enumerate(zip(reward_funcs or labels, labels))]
     for i, func in enumerate(rewards):  # TRL and the samples tell rewards by their names
@@ -1878,8 +1873,8 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
             func.__name__ += f"_{same + 1}"
     for func in rewards:  # so that a faulty one is named before an hour is spent
         call_reward(func, train[:2], [row["solution"] or "1" for row in train[:2]])
-    config = grpo_config(args, run_dir, limit, weights, bool(validation), newest(run_dir) is None)
-    show_plan(run, parameters, source, train, test, why, rewards, weights)
+    config = grpo_config(args, run_dir, limit, bool(validation), newest(run_dir) is None)
+    show_plan(run, parameters, source, train, test, why, rewards)
     if "<think>" in tokenizer.chat_template or "thinking" in tokenizer.chat_template:
         print("a thinking model: what follows a leading <think>...</think> is judged")
     if args.dry_run:
@@ -1899,20 +1894,6 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
         raise SystemExit(130) from None
 
 
-def collect_garbage() -> None:
-    """gc.collect, after which a Ctrl-C that came meanwhile is raised: finalisers swallow it."""
-    asked = []
-    try:
-        usual = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
-    except ValueError:  # not in the main thread, which alone is interrupted
-        gc.collect()
-        return
-    gc.collect()
-    signal.signal(signal.SIGINT, usual)
-    if asked:
-        raise KeyboardInterrupt
-
-
 def run_phases(run: Run, rewards, train, validation, test, config, begun: float):
     """Each phase begins with what the one before has saved; what is there is not done again."""
     args, base, warm = run.args, run.base, run.dir / "warm_start_lora"
@@ -1926,7 +1907,8 @@ def run_phases(run: Run, rewards, train, validation, test, config, begun: float)
     measure(run, model, None, test, "before")
     if to_warm and not warm.is_dir():
         warm_start(run, model, train, config, warm)
-        collect_garbage()  # the model and its optimiser
+        with ThreadPoolExecutor(1) as pool:  # here, finalisers could swallow a Ctrl-C
+            pool.submit(gc.collect).result()  # the model and its optimiser
         torch.cuda.empty_cache()
     accelerate.PartialState().wait_for_everyone()
     start = warm if to_warm else base.adapter

@@ -70,12 +70,8 @@ def render_prompts(tokenizer, prompts: list[list[dict]], template_kwargs=None) -
 
 def fold_system(prompt: list[dict]) -> list[dict]:
     """The same conversation, its system text in front of the first user message."""
-    system = "\n\n".join(m["content"] for m in prompt if m["role"] == "system")
-    rest = [dict(m) for m in prompt if m["role"] != "system"]
-    first = next((m for m in rest if m["role"] == "user"), None)
-    if system and first:
-        first["content"] = f"{system}\n\n{first['content']}"
-    return rest if first or not system else [{"role": "user", "content": system}, *rest]
+    system, first, *rest = prompt
+    return [first | {"content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
 
 def refuses_system(tokenizer, template_kwargs=None) -> bool:
@@ -92,12 +88,12 @@ def refuses_system(tokenizer, template_kwargs=None) -> bool:
 
 
 # ---- Reading numbers -----------------------------------------------------------------------------
-def completion_text(completion, role: str = "assistant") -> str:
-    """The text of a completion: a string, or a conversation's last message of that role."""
+def completion_text(completion) -> str:
+    """The text of a completion: a string, or a conversation's last message of the assistant."""
     if isinstance(completion, str):
         return completion
     for message in reversed(completion):
-        if message.get("role", role) == role:
+        if message.get("role", "assistant") == "assistant":
             content = message.get("content") or ""
             if isinstance(content, str):
                 return content
@@ -499,13 +495,15 @@ def choose_backend(wanted: str, vllm: str, gpu: bool, packages: set[str], *, alo
                 "colocate": "rollouts through vLLM"}[mode]
     if vllm == "auto" and mode == "off":
         rollouts += ", which is not installed"
-    if wanted == "transformers":
-        return "transformers", mode, f"as asked; {rollouts}"
-    if "unsloth" not in packages:
-        return "transformers", mode, f"unsloth is not installed; {rollouts}"
-    if not alone or not lora or mode == "server":
-        reason = "several processes" if not alone else "a server" if lora else "all weights"
-        return "transformers", mode, f"unsloth is not for {reason}; {rollouts}"
+    for reason, holds in (
+        ("as asked", wanted == "transformers"),
+        ("unsloth is not installed", "unsloth" not in packages),
+        ("unsloth is not for several processes", not alone),
+        ("unsloth is not for all weights", not lora),
+        ("unsloth is not for a server", mode == "server"),
+    ):
+        if holds:
+            return "transformers", mode, f"{reason}; {rollouts}"
     return "unsloth", mode, f"a GPU and unsloth; {rollouts}"
 
 

@@ -74,8 +74,6 @@ def test_a_system_text_goes_in_front_of_the_first_user_message():
     assert fold_system(prompt) == [
         {"role": "user", "content": f"{rewards.SYSTEM_PROMPT}\n\nq"}, *prompt[2:]]
     assert prompt == build_prompt("Q", "xml", [("q", "a")])  # not changed in place
-    assert fold_system(prompt[1:]) == prompt[1:] and fold_system([]) == []
-    assert fold_system(prompt[:1]) == [{"role": "user", "content": rewards.SYSTEM_PROMPT}]
     assert render_prompts(Tokenizer("raises"), [fold_system(prompt)])[0].startswith("[user]Respond")
 
 

@@ -1101,7 +1101,7 @@ def test_a_tracker_without_an_account_is_off_or_refused(monkeypatch, capsys, tmp
 
 def test_rollouts_reserve_no_more_than_their_length(workplace):
     args = script.parse_options(["--max-prompt-length", "300"])
-    assert script.grpo_config(args, Path("x"), 52, args.reward_weights).vllm_max_model_length == 352
+    assert script.grpo_config(args, Path("x"), 52).vllm_max_model_length == 352
 
 
 @pytest.mark.parametrize("error, says", [("GatedRepoError", "accept its licence"),
@@ -1986,7 +1986,7 @@ def test_the_pinned_trl_has_every_field_we_set(gpu_sources, tmp_path):
     import transformers
 
     args = script.parse_options(["--recipe", "qwen-3b"])
-    ours = script.grpo_config(args, tmp_path, 9, [1.0, 1.0]).__dict__
+    ours = script.grpo_config(args, tmp_path, 9).__dict__
     fields = parameters_of(gpu_sources("trl", "trl/trainer/grpo_config.py"), "GRPOConfig")
     base = set(transformers.TrainingArguments.__dataclass_fields__)
     names = set(re.findall(r'"(\w+)":', Path(script.__file__).read_text().partition(
@@ -2051,7 +2051,7 @@ for recipe in script.RECIPES:
     for more in ([], ["--eval-steps", "5"], ["--loss-type", "dr_grpo", "--beta", "0.04"]):
         args = script.parse_options(["--recipe", recipe, "--report-to", "none", *more])
         # It compares what it set with what the class made of it, and stops where they differ.
-        script.grpo_config(args, Path("out"), 64, args.reward_weights, bool(args.eval_steps))
+        script.grpo_config(args, Path("out"), 64, bool(args.eval_steps))
         print("as set:", recipe, *more)
 load = script.load_policy
 
