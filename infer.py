@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import sys
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
@@ -47,10 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--chat-template", choices=("own", "plain"), help="plain: for a model that has none")
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="default: as trained")
     add("--max-tokens", type=number(int, 1), help="default: as in training")
-    add("--temperature", type=number(float, 0), help="default: 0 = greedy; 0.8 with --samples")
+    add("--temperature", type=number(float, 0, below=100),
+        help="default: 0 = greedy; 0.8 with --samples")
     add("--top-p", type=number(float, 0, inclusive=False), default=1.0)
-    add("--seed", type=number(int, 0), default=0)
-    add("--samples", type=number(int, 1), default=1, metavar="K", help="K draws, majority vote")
+    add("--seed", type=number(int, 0, below=2**32), default=0)
+    add("--samples", type=number(int, 1, below=10_000), default=1, metavar="K",
+        help="K draws, majority vote")
     add("--compare", action="store_true", help="also without the adapter")
     add("--chat", action="store_true", help="ask one after the other: /samples N /reset /quit")
     add("--json", action="store_true", help="one JSON object a question")
@@ -66,13 +69,26 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     if args.resume and not args.jsonl:
         stop("--resume goes with --jsonl FILE, whose answers it goes on with")
-    if args.jsonl and args.jsonl.exists() and not args.resume:
-        stop(f"{args.jsonl} exists: --resume goes on with it, or name another file")
-    if args.jsonl and (args.jsonl.is_dir() or not os.access(args.jsonl.resolve().parent,
-                                                            os.W_OK | os.X_OK)):
-        stop(f"{args.jsonl} can't be written; name another file")
+    try:
+        if args.jsonl and args.jsonl.is_file() and not args.resume:
+            stop(f"{args.jsonl} exists: --resume goes on with it, or name another file")
+        if args.jsonl:
+            there = args.jsonl.exists()
+            args.jsonl.open("ab").close()
+            there or args.jsonl.unlink()
+    except OSError as problem:
+        stop(f"{args.jsonl} can't be written ({problem.strerror}); name another file")
+    if args.json and args.jsonl:
+        stop("--json and --jsonl: leave one out")
+    for name in ("adapter", "model"):
+        if getattr(args, name) == "":
+            stop(f"--{name} names nothing: is a variable unset?")
     if args.top_p > 1:
         stop(f"--top-p {args.top_p} is not at most 1")
+    if args.top_p < 1 and args.samples == 1 and not args.temperature:
+        stop("--top-p changes nothing of a greedy answer: give --temperature or --samples, too")
+    if args.temperature and args.temperature < 0.01:
+        stop(f"--temperature {args.temperature} is 0, greedy, or at least 0.01")
     if args.samples > 1 and args.temperature == 0:
         stop("--samples of --temperature 0 would all be the same; leave out --temperature")
     if args.chat and args.engine in ("vllm", "unsloth"):
@@ -114,14 +130,16 @@ def read_questions(args) -> list[str]:
     if args.question is not None:
         text = args.question.encode("utf-8", "replace").decode()  # what was typed may not be UTF-8
         return [text.strip() or stop("the question is empty")]
-    if args.file is None and ("ipykernel" in sys.modules or sys.stdin.isatty()):
+    if args.file is None and (
+            "ipykernel" in sys.modules or sys.stdin is None or sys.stdin.isatty()):
         stop('no question: python infer.py "How many ...?", or --file, or standard input')
     if args.file is None:
-        with suppress(AttributeError, ValueError):  # what stands in for it, or is being read
-            sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
+        read_input_as_utf8()
         questions = [line.strip() for line in sys.stdin if line.strip()]
     else:
         script = training_script("--file")
+        if args.file.is_dir():
+            script.quiet_libraries()  # datasets reads it
         rows, _ = script.read_data(args.file)
         questions = [script.text_of(row.get("question")) for row in rows]
     if "" in questions:
@@ -130,19 +148,30 @@ def read_questions(args) -> list[str]:
     return questions or stop("the question is empty")
 
 
+def read_input_as_utf8() -> None:
+    with suppress(AttributeError, ValueError):  # what stands in for it, or is being read
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
+
+
 def answered(args, questions: list[str]) -> int:
     """How many questions FILE of --jsonl answers already; a line cut short by a break is redone."""
     if not args.resume or not args.jsonl.is_file():
         return 0
     *whole, rest = args.jsonl.read_text(encoding="utf-8", errors="replace").split("\n")
+    asked = [(question, args.samples, args.compare) for question in questions]
+    following = "".join(json.dumps({"question": q}, ensure_ascii=False)[:-1]
+                        for q in questions[len(whole) :][:1])
     try:
-        same = [json.loads(line)["question"] for line in whole] == questions[: len(whole)]
-    except (ValueError, KeyError, TypeError):  # no lines of ours
+        rows = [json.loads(line) for line in whole]
+        same = asked[: len(rows)] == [
+            (row["question"], row.get("samples", 1), "without_adapter" in row)
+            for row in rows if "completion" in row]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # no lines of ours
         same = False
-    if not same:
-        stop(f"{args.jsonl} answers other questions; name another file")
-    if rest:
-        args.jsonl.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+    rest = rest.rstrip("\ufffd")  # half a character
+    begun = following.startswith(rest) or following and rest.startswith(following)
+    if not (same and begun):
+        stop(f"{args.jsonl} answers other questions, or otherwise; name another file")
     print(f"{len(whole)} of {len(questions)} are answered already", file=sys.stderr)
     return len(whole)
 
@@ -338,7 +367,7 @@ def show(row: dict, many: bool) -> None:
     sides, table = (row, row["without_adapter"]), Table("with the adapter", "without it")
     table.add_row(*(printable(side["reasoning"]) for side in sides))
     table.add_row(*map(answer_line, sides))
-    Console(markup=False).print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def answer_line(row: dict) -> str:
@@ -354,6 +383,9 @@ def answer_all(args, questions, texts, generate, fmt: str) -> None:
 
     many, file = len(questions) > 1, None
     if args.jsonl:
+        if args.jsonl.is_file():  # of a broken run: but for the line that it was cut short in
+            kept = args.jsonl.read_bytes()
+            os.truncate(args.jsonl, kept.rfind(b"\n") + 1)
         file = args.jsonl.open("a", encoding="utf-8")
     chunks = track(range(0, len(texts), CHUNK), "answering", console=Console(stderr=True),
                    disable=not (many and (args.jsonl or args.json)), transient=True)
@@ -365,8 +397,13 @@ def answer_all(args, questions, texts, generate, fmt: str) -> None:
             rows = [row | {"without_adapter": other} for row, other in zip(rows, plain)]
         for question, row in zip(questions[part], rows):
             row = {"question": question} | row
-            if file or args.json:
-                print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+            if file:
+                try:
+                    print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+                except OSError as problem:
+                    stop(f"{args.jsonl} can't be written ({problem.strerror}); what it holds stays")
+            elif args.json:
+                print(json.dumps(row, ensure_ascii=False), flush=True)
             else:
                 show(row, many)
     if file:
@@ -384,6 +421,7 @@ def chat(args, generate, tokenizer, run: dict, fmt: str, limit: int | None) -> N
         def on_finalized_text(self, text, stream_end=False):
             console.print(Text(printable(text), style="dim"), end="\n" if stream_end else "")
 
+    read_input_as_utf8()
     console, turns, samples, asked = Console(), [], args.samples, args.typed_temperature
     console.print("a question, or /samples N, /reset, /quit", style="dim")
     while True:
@@ -396,7 +434,10 @@ def chat(args, generate, tokenizer, run: dict, fmt: str, limit: int | None) -> N
             return
         if command == "/reset":
             turns = []
-        elif command == "/samples" and value.isdecimal() and int(value):
+        elif command == "/samples" and re.fullmatch("[1-9][0-9]{0,3}", value):
+            if asked == 0 and value != "1":
+                console.print("of --temperature 0 all would be the same", style="dim")
+                continue
             samples = int(value)
             args.temperature = asked or (0.8 if samples > 1 else 0.0)
         elif line.startswith("/"):
@@ -452,3 +493,6 @@ if __name__ == "__main__":
             main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `| head -1` has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None

@@ -272,8 +272,10 @@ def share_prompts(model, ids, mask):
     import torch
     from transformers import DynamicCache
 
+    if not ids.shape[1]:
+        return None
     batch, row = torch.stack([ids, mask], 1).unique(dim=0, return_inverse=True)
-    if len(batch) == len(ids) or not ids.shape[1]:
+    if len(batch) == len(ids):
         return None
     cache, (ids, mask) = DynamicCache(config=model.config), batch.unbind(1)
     read = model.get_decoder()(ids, attention_mask=mask, position_ids=positions(mask),
@@ -406,8 +408,9 @@ def merge_adapter(model, saved: Path) -> bool:
                "lora_bias", "layer_replication", "use_qalora", "trainable_token_indices")
     targets = config.get("target_modules")
     if (config.get("peft_type") != "LORA" or any(config.get(name) for name in unusual)
-            or not isinstance(targets, list)):
-        return False
+            or not isinstance(targets, list)
+            or config.get("init_lora_weights", True) not in (True, False, None, "gaussian")):
+        return False  # of other beginnings PEFT changes the base, too
     try:
         weights = load_file(saved / "adapter_model.safetensors")
         scale = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))

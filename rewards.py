@@ -149,19 +149,21 @@ def answer_block(text: str, fmt: str = "xml") -> str | None:
 
 # LaTeX, Markdown and quotes around a number carry no value; nor does an inch mark.
 _MARKUP = [
-    ("\\boxed{", " "), ("\\text{", " "), ("\\mathrm{", " "), ("\\$", "$"), ("\\%", "%"),
+    ("\\boxed{", " "), ("\\text{", " "), ("\\mathrm{", " "), ("\\mathbf{", " "),
+    ("\\textbf{", " "), ("^\\circ", "°"), ("^{\\circ", "°"), ("\\;", " "),
+    ("\\$", "$"), ("\\%", "%"),
     ("\\,", " "), ("\\!", " "), ("\\ ", " "), ("\\(", " "), ("\\)", " "), ("\\[", " "),
     ("\\]", " "), ("}", " "), ("**", " "), ("`", " "), ('"', " "), ("“", " "), ("”", " "),
     ("″", " "),
 ]  # fmt: skip
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!])(?:\\!|\s)*+(?=[0-9])")
 _FULL_HOUR = re.compile(r"(?<=[0-9])(?::00)++(?![0-9:])")
-_CURRENCY = "$€£¥₹¢"
+_CURRENCY = "$€£¥₹¢₱₩₽₺₦"
 # One run of digits; more than 100 characters on a side of it are prose, not a sign or a unit.
 _AROUND = re.compile(r"([^0-9.]{0,100}+)(\.?+[0-9][0-9.,]*+)([^0-9]{0,100}+)")
 _NUMBER = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)?+(?:\.[0-9]++)?+")
 _PREFIX = re.compile(rf"\s*+([-+]?+)[{_CURRENCY}]?+\s*+[{_CURRENCY}]?+([-+]?+)\s*+")
-_WORD = "[A-Za-zÀ-ÖØ-öø-ÿ]"
+_WORD = "[A-Za-zÀ-ÖØ-öø-ÿµμ]"
 _UNIT = re.compile(rf"(?:[\s.%°()'’{_CURRENCY}]|{_WORD}++[-,/&;:!²³]?+|/(?={_WORD}))*+")
 _COUNT = (r"(?:an?\s++(?:hundred|thousand|million|billion|dozen|half|third|quarter)|zero|one|two"
           r"|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
@@ -173,9 +175,10 @@ _CHANGES_VALUE = re.compile(
     r"|(?:m|b)illionth)s?|tens|half|halves|and an?|squared|cubed|pi|or|plus|minus|not"
     r"|(?:k|bn|mn|(?-i:M|B))(?![&'’-]))\b"
     # ... and anywhere: "72 dollars or more", "72 dollars and fifty cents", "2 hours and a half".
-    r"|\b(?:(?:is|are) not|below zero|in (?:hundred|thousand|million|billion)s"
-    r"|or (?:more|less|fewer|so)|(?:and|or|plus|minus|point|times|less|by|over|out of|dollars?|feet"
-    rf"|foot|hours?|minutes?|years?|pounds?)\s++{_COUNT})\b",
+    r"|\b(?:(?:is|are)(?: not|n['’]t)|below zero|in (?:hundred|thousand|million|billion)s"
+    r"|or (?:more|less|fewer|so)|(?:and|or|plus|minus|point|times|less|by|over|out of|to|remainder"
+    r"|dollars?|cents?|feet|foot|inch(?:es)?|met(?:er|re)s?|pounds?|kilograms?|seconds?|minutes?"
+    rf"|hours?|days?|weeks?|months?|years?)[,;]?+\s++{_COUNT})\b",
     re.IGNORECASE,
 )
 
@@ -209,6 +212,8 @@ def parse_number(text) -> Decimal | None:
     if around is None:
         return None
     before, unit = around[1], around[3]
+    while before and unit and before[-1] + unit[0] in ("**", "__", "''", "‘’"):
+        before, unit = before[:-1], unit[1:]
     for mark, plain in _MARKUP:
         before, unit = before.replace(mark, plain), unit.replace(mark, plain)
     prefix, number = _PREFIX.fullmatch(before), _NUMBER.fullmatch(around[2].rstrip("."))

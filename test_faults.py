@@ -230,7 +230,10 @@ ADAPTERS = {
         "limit": b'{"options": {"max_completion_length": "x"}}', "shots": b'{"shots": 3}',
         "pairs": b'{"shots": [["a"]]}',
         "dtype": b'{"options": {"dtype": "nope"}, "typed": ["dtype"]}',
-        "kwargs": b'{"options": {"chat_template_kwargs": "x"}}'}.items()},
+        "kwargs": b'{"options": {"chat_template_kwargs": "x"}}',
+        **{f"own-{name}": b'{"%s": %s}' % (name.encode(), value) for name, value in {
+            "format": b'"nope"', "dtype": b'"bf16"', "chat_template": b'["own"]',
+            "chat_template_kwargs": b'"x"', "max_completion_length": b"0"}.items()}}.items()},
     "tokenizer": lambda place: [put(f"tokenizer{k}.json", b"{")(place) for k in ("", "_config")],
     "weights-folder": lambda place: [(place / WEIGHTS).unlink(), (place / WEIGHTS).mkdir()],
     "config-folder": lambda place: [(place / CONFIG).unlink(), (place / CONFIG).mkdir()],

