@@ -1839,7 +1839,7 @@ def test_every_recipe_trains_the_small_model(recipe, real_model, workplace, caps
     """The 4-bit ones in 4-bit; the warm start has an untrained model earn and learn something."""
     monkeypatch.setattr(script, "WARM_START_BATCH", 2)
     script.main(["--recipe", recipe, "--model", laptop.PACKAGE, "--dataset", "generated",
-                 "--report-to", "none", "--max-steps", "2", "--max-completion-length", "12",
+                 "--report-to", "none", "--max-steps", "2", "--max-completion-length", "6",
                  "--warm-start", "1", "--eval-questions", "2", "--output-dir", "run",
                  "--max-prompt-length", "500", "--batch-size", "2", "--num-generations", "2",
                  "--gradient-accumulation-steps", "1"])
