@@ -69,15 +69,16 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     if args.resume and not args.jsonl:
         stop("--resume goes with --jsonl FILE, whose answers it goes on with")
-    try:
-        if args.jsonl and args.jsonl.is_file() and not args.resume:
-            stop(f"{args.jsonl} exists: --resume goes on with it, or name another file")
-        if args.jsonl:
+    if args.jsonl:
+        try:
+            if args.jsonl.is_file() and not args.resume:
+                stop(f"{args.jsonl} exists: --resume goes on with it, or name another file")
             there = args.jsonl.exists()
             args.jsonl.open("ab").close()
-            there or args.jsonl.unlink()
-    except OSError as problem:
-        stop(f"{args.jsonl} can't be written ({problem.strerror}); name another file")
+        except OSError as problem:
+            stop(f"{args.jsonl} can't be written ({problem.strerror}); name another file")
+        if not there:  # what may still be refused leaves no file
+            args.jsonl.unlink()
     if args.json and args.jsonl:
         stop("--json and --jsonl: leave one out")
     for name in ("adapter", "model"):
@@ -470,6 +471,9 @@ def main(argv: list[str] | None = None) -> None:
     args.room = args.max_tokens or run.get("max_completion_length", 512)
     texts = [render(question, run, tokenizer) for question in questions]
     lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    if refuses_system(tokenizer, run.get("chat_template_kwargs", {})):
+        print("this chat template takes no system text: it goes before the first question",
+              file=sys.stderr)
     try:
         config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)  # else it asks
     except (OSError, ValueError) as problem:
