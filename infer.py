@@ -159,20 +159,22 @@ def answered(args, questions: list[str]) -> int:
     if not args.resume or not args.jsonl.is_file():
         return 0
     *whole, rest = args.jsonl.read_text(encoding="utf-8", errors="replace").split("\n")
-    asked = [(question, args.samples, args.compare) for question in questions]
+    by = args.adapter or args.model
+    asked = [(question, by, args.samples, args.compare) for question in questions]
     following = "".join(json.dumps({"question": q}, ensure_ascii=False)[:-1]
                         for q in questions[len(whole) :][:1])
     try:
         rows = [json.loads(line) for line in whole]
         same = asked[: len(rows)] == [
-            (row["question"], row.get("samples", 1), "without_adapter" in row)
+            (row["question"], row.get("by", by), row.get("samples", 1), "without_adapter" in row)
             for row in rows if "completion" in row]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # no lines of ours
         same = False
     rest = rest.rstrip("\ufffd")  # half a character
     begun = following.startswith(rest) or following and rest.startswith(following)
     if not (same and begun):
-        stop(f"{args.jsonl} answers other questions, or otherwise; name another file")
+        stop(f"{args.jsonl} answers other questions, by another adapter than {by}, or otherwise; "
+             "name another file, or what it was made with")
     print(f"{len(whole)} of {len(questions)} are answered already", file=sys.stderr)
     return len(whole)
 
@@ -397,7 +399,7 @@ def answer_all(args, questions, texts, generate, fmt: str) -> None:
             plain = ask(generate, texts[part], args.samples, fmt, adapter=False)
             rows = [row | {"without_adapter": other} for row, other in zip(rows, plain)]
         for question, row in zip(questions[part], rows):
-            row = {"question": question} | row
+            row = {"question": question, "by": args.adapter or args.model} | row
             if file:
                 try:
                     print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
