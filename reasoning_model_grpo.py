@@ -1819,8 +1819,11 @@ def grpo_phase(run: Run, model, start, saved: Path, rewards, train, validation, 
         if not done or args.pick:
             with accelerate.PartialState().main_process_first():  # the others read what it picked
                 train = sample_rollouts(run, policy, rewards, config.reward_weights, train, start)
+        kind = trl.GRPOTrainer
+        if args.backend == "transformers" and not gpu() and laptop():
+            kind = laptop().without_agreeing(kind)
         trainer, watch = run_trainer(
-            trl.GRPOTrainer, config, run.dir, completions_a_step(args), model=policy,
+            kind, config, run.dir, completions_a_step(args), model=policy,
             reward_funcs=rewards, processing_class=run.tokenizer, train_dataset=as_dataset(train),
             eval_dataset=as_dataset(validation) if validation else None)
         state, interrupted = trainer.state, watch.interrupted

@@ -1447,7 +1447,8 @@ def test_a_broken_batch_keeps_its_answers_and_resumes(scripted, workplace, capsy
     Path("ask.txt").write_text("other?\n")
     assert "answers other questions" in stopped(capsys, scripted, [], *ask, "--resume")
     Path("ask.txt").write_text("a?\nb?\nc?\nd?\n")
-    assert "or otherwise" in stopped(capsys, scripted, [], *ask, "--samples", "2", "--resume")
+    for differs in (["--samples", "2"], ["--adapter", "newer"]):
+        assert "or otherwise" in stopped(capsys, scripted, [], *ask, *differs, "--resume")
     whole = Path("out.jsonl").read_text()
     for others in ("no JSON\n", "my notes", '[{"question": "a?"}]', '{"question": "a?"}\n',
                    whole + "my notes", whole + '{"question": "e?", "answer'):
@@ -1718,21 +1719,36 @@ def test_a_prompt_that_comes_twice_is_completed_alike(tiny_model, monkeypatch):
     asked = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
     read = count_tokens(model, monkeypatch)
     assert model.generate(ids, **asked).tolist() == plain.generate(ids, **asked).tolist()
-    assert read[0] == (2, 8) and all(shape == (6, 1) for shape in read[1:])
+    assert read[0] == (2, 9) and all(shape == (6, 1) for shape in read[1:])
 
 
-def test_draws_by_inversion_have_the_given_probabilities():
+def test_completions_that_have_ended_are_read_no_more(tiny_model, monkeypatch):
+    model = load_tiny(tiny_model, adapter=False)
+    plain = load_tiny(tiny_model, fast=False, adapter=False)
+    ids, mask = prompts(*range(2, 18))
+    asked = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False, "pad_token_id": 0,
+             "eos_token_id": list(range(9, 40))}
+    read = count_tokens(model, monkeypatch)
+    completed = model.generate(ids, **asked)
+    assert completed.tolist() == plain.generate(ids, **asked).tolist()
+    rows = [shape[0] for shape in read]
+    assert rows[0] == 16 and rows == sorted(rows, reverse=True)
+    assert sum(rows[1:]) < 1.4 * (completed[:, 17:] > 0).sum() < 16 * len(rows[1:])
+
+
+def test_draws_have_the_given_probabilities(tiny_model):
     import torch
 
+    model, given = load_tiny(tiny_model, adapter=False), torch.zeros(256)
+    given[[1, 3, 4]] = torch.tensor([0.5, 0.3, 0.2])
+    model.get_output_embeddings().register_forward_hook(
+        lambda _, __, logits: given.log().expand(*logits.shape[:-1], -1))
     torch.manual_seed(0)
-    multinomial, given = torch.multinomial, torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0]])
-    with laptop.draw_by_inversion():
-        drawn = torch.multinomial(given.repeat(50_000, 1), num_samples=1)
-        assert torch.multinomial(given, 3).unique().tolist() == [1, 3, 4]
-    assert drawn.shape == (50_000, 1) and torch.multinomial is multinomial
-    shares = torch.bincount(drawn[:, 0], minlength=6) / 50_000
-    assert torch.allclose(shares, given[0], atol=0.01)  # 4.5 standard deviations
-    assert shares[0] == shares[2] == shares[5] == 0
+    ids, mask = prompts(3, groups=50_000)
+    drawn = model.generate(ids, attention_mask=mask, max_new_tokens=1, do_sample=True)[:, 3]
+    shares = torch.bincount(drawn, minlength=256) / 50_000
+    assert torch.allclose(shares, given, atol=0.01)  # 4.5 standard deviations
+    assert not shares[given == 0].any()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -1793,32 +1809,45 @@ def test_the_pins_agree_with_each_other_and_with_the_script():
 
 # ---- Slow: the real model ------------------------------------------------------------------------
 @pytest.mark.slow
-def test_grpo_trainer_meets_what_makes_a_cpu_faster(tiny_model, tmp_path, monkeypatch):
-    """A step of TRL's trainer writes from merged weights, reads groups once, and learns as ever."""
+@pytest.mark.parametrize("beta", [0.1, 0.0])
+def test_grpo_trainer_meets_what_makes_a_cpu_faster(beta, tiny_model, tmp_path, monkeypatch):
+    """A step of TRL's trainer writes from merged weights, reads groups once, leaves completions
+    that teach nothing out of the update, and learns as ever."""
     import torch
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     whole, times = laptop.merged, []
     monkeypatch.setattr(laptop, "merged", lambda model: (times.append(1), whole(model))[1])
-    monkeypatch.setattr(laptop, "draw_by_inversion", lambda: lambda generate: generate)
+
+    def draw(probabilities, num_samples):  # as laptop.decode draws
+        cumulative = probabilities.cumsum(-1)
+        point = torch.rand(len(probabilities), 1) * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, point, right=True)
+
+    def reward(prompts, completions, **_):  # the second question's groups agree
+        return [sum(map(ord, c)) % 7 * (p[0] == "2") for p, c in zip(prompts, completions)]
+
+    monkeypatch.setattr(torch, "multinomial", draw)
     rows = Dataset.from_list([{"prompt": "2 + 3 is "}, {"prompt": "7 + 12 is "}] * 2)
     learnt = []
     for fast in (True, False):
         model = load_tiny(tiny_model, fast=fast)
         read = count_tokens(model.get_base_model(), monkeypatch)
-        trainer = GRPOTrainer(
-            model, lambda completions, **_: [sum(map(len, c.split("a"))) for c in completions],
+        kind = laptop.without_agreeing(GRPOTrainer) if fast else GRPOTrainer
+        trainer = kind(
+            model, reward,
             GRPOConfig(tmp_path, use_cpu=True, bf16=False, per_device_train_batch_size=8,
-                       num_generations=4, max_completion_length=6, max_steps=2, beta=0.1,
+                       num_generations=4, max_completion_length=6, max_steps=2, beta=beta,
                        gradient_checkpointing=False, report_to=[], learning_rate=1e-3),
             rows, processing_class=script.load_tokenizer(script.find_base(
                 str(tiny_model), None, True)))
         trainer.train()
         learnt.append(torch.cat([weight.flatten() for name, weight in model.named_parameters()
                                  if "lora" in name and "ref" not in name]))
-        updates = [shape for shape in read if shape[1] > 1]
-        assert all(shape[0] == (2 if fast and shape[1] > 6 else 8) for shape in updates), read
+        rows_read = {shape[0] for shape in read if 1 < shape[1] <= 6}  # of completions
+        assert rows_read == ({4 if beta == 0 else 8} if fast else set()), read
+        assert all(rows <= (2 if fast else 8) for rows, length in read if length > 6)
     assert len(times) == 2 and torch.allclose(*learnt, atol=1e-4)
 
 
