@@ -411,7 +411,7 @@ def speed_up_adapter(model):
 
 def without_agreeing(kind):
     """GRPOTrainer, but completions without an advantage, as where a whole group agrees, are left
-    out of the update: they add nothing to its gradient, and are a third in the default run.
+    out of the update: they add nothing to its gradient, and are a quarter in the default run.
 
     What is logged of an update, as entropy, is then of the other completions.
     """
