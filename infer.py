@@ -154,12 +154,17 @@ def read_input_as_utf8() -> None:
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
 
 
+def who(args) -> str:
+    """What answers: the adapter, and its base where that was named."""
+    return " on ".join(str(Path(name)) for name in (args.adapter, args.model) if name)
+
+
 def answered(args, questions: list[str]) -> int:
     """How many questions FILE of --jsonl answers already; a line cut short by a break is redone."""
     if not args.resume or not args.jsonl.is_file():
         return 0
     *whole, rest = args.jsonl.read_text(encoding="utf-8", errors="replace").split("\n")
-    by = args.adapter or args.model
+    by = who(args)
     asked = [(question, by, args.samples, args.compare) for question in questions]
     following = "".join(json.dumps({"question": q}, ensure_ascii=False)[:-1]
                         for q in questions[len(whole) :][:1])
@@ -399,7 +404,7 @@ def answer_all(args, questions, texts, generate, fmt: str) -> None:
             plain = ask(generate, texts[part], args.samples, fmt, adapter=False)
             rows = [row | {"without_adapter": other} for row, other in zip(rows, plain)]
         for question, row in zip(questions[part], rows):
-            row = {"question": question, "by": args.adapter or args.model} | row
+            row = {"question": question, "by": who(args)} | row
             if file:
                 try:
                     print(json.dumps(row, ensure_ascii=False), file=file, flush=True)

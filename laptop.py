@@ -29,7 +29,7 @@ import torch
 from torch.nn import functional
 from transformers import (
     AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
-    DynamicCache,
+    DynamicCache, generation,
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import eager_mask
@@ -259,20 +259,28 @@ def positions(mask):
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-class RoomyLayer(DynamicLayer):
-    """Keys and values with room for `total` tokens: else each new token copies all before it."""
+ROW_BY_ROW = (  # of transformers' logits processors, those that look at a row alone
+    generation.MinLengthLogitsProcessor, generation.MinNewTokensLengthLogitsProcessor,
+    generation.MinPLogitsWarper, generation.RepetitionPenaltyLogitsProcessor,
+    generation.TemperatureLogitsWarper, generation.TopKLogitsWarper, generation.TopPLogitsWarper)
 
-    def __init__(self, keys, values, total: int):
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values with room for tokens to come, one at a time: else each copies all before."""
+
+    def __init__(self, keys, values):
         super().__init__()
-        self.is_initialized, self.total = True, total
+        self.is_initialized = True
         self.hold(keys, values)
 
     def hold(self, *old) -> None:
-        self.length = 0
-        self.held = [x.new_empty(*x.shape[:2], self.total, x.shape[3]) for x in old]
+        self.length, room = 0, old[0].shape[2] + 64
+        self.held = [x.new_empty(*x.shape[:2], room, x.shape[3]) for x in old]
         self.update(*old)
 
     def update(self, *new, **_):
+        if self.length == self.held[0].shape[2]:
+            self.hold(self.keys, self.values)
         begin, self.length = self.length, self.length + new[0].shape[2]
         for held, more in zip(self.held, new):
             held[:, :, begin : self.length] = more
@@ -289,15 +297,18 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
     Left-padded prompts (rows, length) -> (rows, length and the longest completion). A prompt that
     comes more than once, as in a group, is read once; the cache grows without copies; rows that
     have ended are left out; and a draw takes one random number a row, looked up in the cumulative
-    distribution, where torch.multinomial takes one a vocabulary entry.
+    distribution, where torch.multinomial takes one a vocabulary entry. NotImplementedError where
+    more is asked: beams, or processors that count on all rows being there.
     """
-    if generation_config.get_generation_mode() not in ("sample", "greedy_search"):
-        raise ValueError("only greedy and sampled tokens are written here, no beams")
+    if (generation_config.get_generation_mode() not in ("sample", "greedy_search")
+            or generation_config.return_dict_in_generate or "inputs_embeds" in how
+            or not all(isinstance(one, ROW_BY_ROW) for one in logits_processor)):
+        raise NotImplementedError
     (rows, length), pad = input_ids.shape, generation_config.pad_token_id
     mask, total = how["attention_mask"], generation_config.max_length
     hidden, cache = share_prompts(model, input_ids, mask)
-    cache.layers = [RoomyLayer(layer.keys, layer.values, total)
-                    if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [RoomyLayer(layer.keys, layer.values) if type(layer) is DynamicLayer else layer
+                    for layer in cache.layers]
     written = torch.cat([input_ids, input_ids.new_full((rows, total - length), pad or 0)], 1)
     left, position = torch.arange(rows), mask.sum(1, keepdim=True)  # those still read, their next
     ended = torch.zeros(rows, dtype=torch.bool)
@@ -306,6 +317,8 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
         scores = logits_processor(written[left, :length], scores)
         if generation_config.do_sample:
             cumulative = scores.softmax(-1).cumsum(-1)
+            if not cumulative[:, -1].isfinite().all():
+                raise FloatingPointError("the model's logits are not finite")
             point = torch.rand(rows, 1)[left] * cumulative[:, -1:]
             token = torch.searchsorted(cumulative, point, right=True)  # never one of probability 0
         else:
@@ -366,8 +379,14 @@ def speed_up(model):
         sharing.__signature__ = inspect.signature(forward.__func__)
         model.forward = MethodType(sharing, model)
         generate = model.generate
-        model.generate = lambda *args, **how: generate(  # it gives a custom loop no streamer
-            *args, **how, **{} if how.get("streamer") else {"custom_generate": decode})
+
+        def faster(*args, **how):
+            if not (how.get("streamer") or how.get("tokenizer")):  # a custom loop is given none
+                with suppress(NotImplementedError):
+                    return generate(*args, custom_generate=decode, **how)
+            return generate(*args, **how)
+
+        model.generate = faster
     return model
 
 

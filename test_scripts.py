@@ -1736,6 +1736,16 @@ def test_completions_that_have_ended_are_read_no_more(tiny_model, monkeypatch):
     assert sum(rows[1:]) < 1.4 * (completed[:, 17:] > 0).sum() < 16 * len(rows[1:])
 
 
+@pytest.mark.parametrize("more", [{"num_beams": 2}, {"encoder_repetition_penalty": 1.3},
+                                  {"repetition_penalty": 1.3}, {"eos_token_id": None}])
+def test_what_else_is_asked_of_generate_is_done(more, tiny_model):
+    ids, mask = prompts(*range(2, 18))
+    asked = {"attention_mask": mask, "max_new_tokens": 140, "do_sample": False, "pad_token_id": 0,
+             "eos_token_id": list(range(9, 40))} | more
+    fast, plain = (load_tiny(tiny_model, fast=fast, adapter=False) for fast in (True, False))
+    assert fast.generate(ids, **asked).tolist() == plain.generate(ids, **asked).tolist()
+
+
 def test_draws_have_the_given_probabilities(tiny_model):
     import torch
 
@@ -1749,6 +1759,9 @@ def test_draws_have_the_given_probabilities(tiny_model):
     shares = torch.bincount(drawn, minlength=256) / 50_000
     assert torch.allclose(shares, given, atol=0.01)  # 4.5 standard deviations
     assert not shares[given == 0].any()
+    given[:] = float("nan")
+    with pytest.raises(FloatingPointError):
+        model.generate(ids[:2], attention_mask=mask[:2], max_new_tokens=1, do_sample=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
