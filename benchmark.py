@@ -27,10 +27,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import infer
-import laptop
 import reasoning_model_grpo as script
 from rewards import OneLineParser, number, stop
 
+laptop = script.Lazy("laptop")  # it imports torch, and --help comes at once
 WAYS = DEFAULTS, BEST, SUITE = "TRL, defaults", "TRL, best flags", "this suite"
 BARE = "import torch, transformers as t; t.AutoModelForCausalLM.from_pretrained({!r}, dtype='auto')"
 SAME = ("output_dir", "use_cpu", "per_device_train_batch_size", "gradient_accumulation_steps",

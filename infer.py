@@ -389,7 +389,7 @@ def answer_all(args, questions, texts, generate, fmt: str) -> None:
     from rich.console import Console
     from rich.progress import track
 
-    many, file = len(questions) > 1, None
+    many, file, by = len(questions) > 1, None, who(args)
     if args.jsonl:
         if args.jsonl.is_file():  # of a broken run: but for the line that it was cut short in
             kept = args.jsonl.read_bytes()
@@ -404,7 +404,7 @@ def answer_all(args, questions, texts, generate, fmt: str) -> None:
             plain = ask(generate, texts[part], args.samples, fmt, adapter=False)
             rows = [row | {"without_adapter": other} for row, other in zip(rows, plain)]
         for question, row in zip(questions[part], rows):
-            row = {"question": question, "by": who(args)} | row
+            row = {"question": question, "by": by} | row
             if file:
                 try:
                     print(json.dumps(row, ensure_ascii=False), file=file, flush=True)

@@ -305,11 +305,11 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
             or not all(isinstance(one, ROW_BY_ROW) for one in logits_processor)):
         raise NotImplementedError
     (rows, length), pad = input_ids.shape, generation_config.pad_token_id
-    mask, total = how["attention_mask"], generation_config.max_length
+    mask, room = how["attention_mask"], generation_config.max_length - length
     hidden, cache = share_prompts(model, input_ids, mask)
     cache.layers = [RoomyLayer(layer.keys, layer.values) if type(layer) is DynamicLayer else layer
                     for layer in cache.layers]
-    written = torch.cat([input_ids, input_ids.new_full((rows, total - length), pad or 0)], 1)
+    written = torch.cat([input_ids, input_ids.new_full((rows, room), pad or 0)], 1)
     left, position = torch.arange(rows), mask.sum(1, keepdim=True)  # those still read, their next
     ended = torch.zeros(rows, dtype=torch.bool)
     while True:

@@ -1797,7 +1797,7 @@ def test_rollouts_come_from_merged_weights_that_leave_no_trace(dtype, tiny_model
 
 
 # ---- The command line and the pinned packages ----------------------------------------------------
-@pytest.mark.parametrize("file", ["reasoning_model_grpo.py", "infer.py"])
+@pytest.mark.parametrize("file", ["reasoning_model_grpo.py", "infer.py", "benchmark.py"])
 def test_help_comes_before_torch(file):
     code = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_path({str(HERE / file)!r}, " \
            "run_name='__main__')"
