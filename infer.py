@@ -22,9 +22,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from rewards import (
-    FORMATS, OneLineParser, after_thinking, answer_block, build_prompt, choose_backend,
-    complete_with_vllm, fold_system, max_lora_rank, number, printable, refuses_system,
-    render_prompts, stop, vote,
+    FORMATS, OneLineParser, adapter_naming, after_thinking, answer_block, build_prompt,
+    choose_backend, complete_with_vllm, fold_system, max_lora_rank, number, printable,
+    refuses_system, render_prompts, stop, vote,
 )
 
 CHUNK = 64  # questions answered before they are shown and written
@@ -248,16 +248,16 @@ def with_unsloth(args, base, tokenizer, dtype: str, room: int):
     """Unsloth's 4-bit model with its vLLM engine inside."""
     import torch
 
-    if torch.cuda.get_device_capability()[0] < 8:  # as in training
-        os.environ.setdefault("UNSLOTH_VLLM_NO_FLASHINFER", "1")
+    os.environ.setdefault("UNSLOTH_VLLM_NO_FLASHINFER", "1")  # as in training
     from unsloth import FastLanguageModel
 
     four_bit = base.run.get("options", {}).get("load_in_4bit", False)
-    # The adapter's directory, not the base: only then the model has load_lora.
-    model, _ = FastLanguageModel.from_pretrained(
-        model_name=str(base.adapter or base.path), fast_inference=True,
-        dtype=getattr(torch, dtype), load_in_4bit=four_bit, load_in_16bit=not four_bit,
-        max_seq_length=room, max_lora_rank=max_lora_rank(base.adapter or base.path))
+    # With the adapter, not the base alone: only then the model has load_lora.
+    with adapter_naming(base.path, base.adapter) as path:
+        model, _ = FastLanguageModel.from_pretrained(
+            model_name=path, fast_inference=True, dtype=getattr(torch, dtype),
+            load_in_4bit=four_bit, load_in_16bit=not four_bit, max_seq_length=room,
+            max_lora_rank=max_lora_rank(path))
     return engine_of(args, tokenizer, model.fast_generate, lambda: model.load_lora(
         str(base.adapter)) if base.adapter else None)
 
@@ -281,11 +281,6 @@ def load_engine(args, base, tokenizer, dtype: str, room: int, many: bool):
     gpu = torch.cuda.is_available()
     packages = {name for name in INSTALL if importlib.util.find_spec(name)}
     wanted = "transformers" if args.chat else args.engine
-    if Path(base.path).is_dir() and base.name != str(Path(base.path).resolve()):
-        # Packaged, or from GGUF: Unsloth looks for the base under the name in the record.
-        if wanted == "unsloth":
-            stop(f"--engine unsloth can't load {base.name}; leave it out")
-        packages.discard("unsloth")
     name, why = choose_engine(wanted, gpu, packages, many, base.adapter is not None)
     if name == "unsloth" and dtype == "float32" and not args.dtype:  # trained on a CPU
         dtype = "bfloat16"

@@ -24,7 +24,6 @@ import gzip
 import importlib.metadata
 import importlib.util
 import inspect
-import io
 import json
 import logging
 import math
@@ -50,10 +49,10 @@ from types import ModuleType
 from typing import NamedTuple
 
 from rewards import (
-    FORMATS, REWARD_FUNCS, Completion, OneLineParser, answer_fault, build_prompt, choose_backend,
-    complete_with_vllm, completion_text, did_you_mean, extract_hash_answer, fold_system,
-    format_fault, is_correct, max_lora_rank, number, parse_number, printable, refuses_system,
-    render_prompts, stop, vote,
+    FORMATS, REWARD_FUNCS, Completion, OneLineParser, adapter_naming, answer_fault, build_prompt,
+    choose_backend, complete_with_vllm, completion_text, did_you_mean, extract_hash_answer,
+    fold_system, format_fault, is_correct, max_lora_rank, number, parse_number, printable,
+    refuses_system, render_prompts, stop, vote,
 )
 
 
@@ -516,14 +515,14 @@ def laptop(what: str = ""):
 def start_backend(args) -> None:
     """Import Unsloth before trl, peft and transformers, which it patches; then quiet them all."""
     if args.backend == "unsloth":
-        if gpu() and gpu().major < 8:  # FlashInfer there: minutes of nvcc, then a crash
-            os.environ.setdefault("UNSLOTH_VLLM_NO_FLASHINFER", "1")
+        # FlashInfer: minutes of nvcc for what nothing here uses; on a T4 then a crash.
+        os.environ.setdefault("UNSLOTH_VLLM_NO_FLASHINFER", "1")
         if args.vllm == "colocate":
             os.environ.setdefault("UNSLOTH_VLLM_STANDBY", "1")  # engine and training share memory
             if "gpu_memory_utilization" in args.typed:
                 os.environ["UNSLOTH_VLLM_STANDBY_UTIL_OVERRIDE"] = "1"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        with redirect_stdout(io.StringIO()):  # banners
+        with quiet():
             import unsloth  # noqa: F401
         datasets.disable_progress_bars()  # imported by now, so it has read its variable
     elif args.vllm == "colocate" and gpu().major < 8:  # TRL passes no attention backend on
@@ -535,6 +534,13 @@ def start_backend(args) -> None:
              if (have := installed(name)) and have.partition("+")[0] != tested]
     if other:
         print(f"watch: not the tested versions: {'; '.join(other)}")
+
+
+@contextmanager
+def quiet():
+    """Libraries' banners go to a true file: vLLM, inside, asks for its number."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def quiet_libraries() -> None:
@@ -982,10 +988,9 @@ def load_policy(args, base: Base, saved: Path | None):
     if saved:
         model = put_adapter(model, saved, is_trainable=True)
     else:
-        targets = "all-linear" if "all-linear" in args.lora_targets else args.lora_targets
         model = peft.get_peft_model(model, peft.LoraConfig(
             r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-            target_modules=targets, task_type="CAUSAL_LM"))
+            target_modules=lora_targets(args), task_type="CAUSAL_LM"))
     return model if gpu() or laptop() is None else laptop().speed_up_adapter(model)
 
 
@@ -1019,24 +1024,31 @@ def put_adapter(model, saved: Path, **how):
     return model
 
 
-def load_unsloth(args, path: str, limit: int, tokenizer):
-    """A saved adapter, or a fresh one on the base, through Unsloth, its vLLM engine inside."""
+def lora_targets(args):
+    """As PEFT and Unsloth want them: all-linear is a word, not a list of it."""
+    return "all-linear" if "all-linear" in args.lora_targets else args.lora_targets
+
+
+def load_unsloth(args, base: str, saved: Path | None, limit: int, tokenizer):
+    """A saved adapter, or a fresh one, on the base through Unsloth, its vLLM engine inside."""
     from unsloth import FastLanguageModel
 
     less = max(0.1, args.gpu_memory_utilization - 0.1)
-    lacking = f"while loading {path}: --gpu-memory-utilization {less:.2g}, or --vllm off"
-    with one_line(None, lacking), redirect_stdout(io.StringIO()):  # banners
+    lacking = f"while loading {base}: --gpu-memory-utilization {less:.2g}, or --vllm off"
+    checkpointing = "unsloth" if args.gradient_checkpointing else False
+    with one_line(None, lacking), quiet(), adapter_naming(base, saved) as path:
         model, its_own = FastLanguageModel.from_pretrained(
             model_name=path, dtype=getattr(torch, args.dtype), random_state=args.seed,
             max_seq_length=args.max_prompt_length + limit, load_in_4bit=args.load_in_4bit,
             load_in_16bit=not args.load_in_4bit, fast_inference=args.vllm == "colocate",
             max_lora_rank=max_lora_rank(path, args.lora_rank),
+            use_gradient_checkpointing=checkpointing,
             gpu_memory_utilization=args.gpu_memory_utilization)
-        if not (Path(path) / "adapter_config.json").is_file():
+        if not saved:
             model = FastLanguageModel.get_peft_model(
                 model, r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-                target_modules=args.lora_targets, random_state=args.seed,
-                use_gradient_checkpointing="unsloth" if args.gradient_checkpointing else False)
+                target_modules=lora_targets(args), random_state=args.seed,
+                use_gradient_checkpointing=checkpointing)
     if its_own.pad_token in tokenizer.get_vocab():
         # Unsloth finds padding by its id: where that also ends a turn, the ends would be dropped.
         tokenizer.pad_token = its_own.pad_token
@@ -1158,7 +1170,7 @@ def grpo_config(args, output_dir: Path, limit: int, validate=False, fresh=True):
             fields[name] = json.loads(value)
         if isinstance(known[name], (int, float)) and not isinstance(fields[name], (int, float)):
             stop(f"--set {pair}: {name} is a number or true/false, by default {known[name]}")
-    with one_line("GRPOConfig refuses these options"), redirect_stdout(io.StringIO()):
+    with one_line("GRPOConfig refuses these options"), quiet():
         config = trl.GRPOConfig(**fields)  # Unsloth's says what it sets, and we set back
     # Unsloth replaces GRPOConfig by its own, which sets some fields by the loss that is named, and
     # drops what it does not know with a warning.
@@ -1204,8 +1216,8 @@ def as_dataset(rows: list[dict]):
 def run_trainer(kind, config, place: Path, a_step: int = 0, **how):
     """Train from the newest checkpoint in `place`, if any; (trainer, the Watch that saw it)."""
     last = newest(place)
-    with one_line(f"{kind.__name__} refuses these options"), redirect_stdout(io.StringIO()):
-        trainer = kind(args=config, **how)  # Unsloth's tell what they do
+    with one_line(f"{kind.__name__} refuses these options"), quiet():
+        trainer = kind(args=config, **how)
     # Made here, when transformers may be imported.
     watch = type("WatchCallback", (Watch, transformers.TrainerCallback), {})(place, a_step)
     trainer.remove_callback(transformers.PrinterCallback)
@@ -1860,7 +1872,7 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
         tokenizer = load_tokenizer(base, args.chat_template)
         if args.adapter and args.export and not args.evaluate_only:
             unsloth = "gguf" in args.export
-            return export(args, base, load_unsloth(args, str(base.adapter), 512, tokenizer)
+            return export(args, base, load_unsloth(args, base.path, base.adapter, 512, tokenizer)
                           if unsloth else None, tokenizer)
         source, train, test = load_questions(args, train, test)
     limit, why = completion_limit(args, tokenizer, train)
@@ -1872,7 +1884,7 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
     if args.evaluate_only:
         model, name = None, str(base.adapter or base.name)
         if args.backend == "unsloth":
-            model = load_unsloth(args, str(base.adapter or base.path), limit, tokenizer)
+            model = load_unsloth(args, base.path, base.adapter, limit, tokenizer)
         start_run(run)
         print(f"questions: {source}: {len(test)} held out")
         measure(run, model, base.adapter, test, samples=args.samples)
@@ -1917,7 +1929,7 @@ def run_phases(run: Run, rewards, train, validation, test, config, begun: float)
         print("no warm start: these questions come without worked solutions")
     start, model = warm if warm.is_dir() else base.adapter, None
     if args.backend == "unsloth":
-        model = load_unsloth(args, str(start or base.path), run.limit, run.tokenizer)
+        model = load_unsloth(args, base.path, start, run.limit, run.tokenizer)
     measure(run, model, None, test, "before")
     if to_warm and not warm.is_dir():
         warm_start(run, model, train, config, warm)

@@ -17,10 +17,13 @@ import argparse
 import difflib
 import json
 import re
+import shutil
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from decimal import Context, Decimal
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple, NoReturn
 
 
@@ -474,6 +477,19 @@ def max_lora_rank(path: str | Path, fresh: int = 16) -> int:
     record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"r": fresh}
     rank = max(record["r"], *(record.get("rank_pattern") or {}).values(), 1)
     return next((size for size in (8, 16, 32, 64, 128, 256, 320) if size >= rank), 512)
+
+
+@contextmanager
+def adapter_naming(base: str, saved: Path | None):
+    """What Unsloth is to load for the adapter in `saved` on `base`: its directory, copied, naming
+    that base, for Unsloth loads the one that is named there; `base` where there is no adapter."""
+    with TemporaryDirectory() as place:
+        if saved:
+            shutil.copytree(saved, place, dirs_exist_ok=True)
+            file = Path(place, "adapter_config.json")
+            record = json.loads(file.read_text(encoding="utf-8"))
+            file.write_text(json.dumps(record | {"base_model_name_or_path": base}))
+        yield place if saved else base
 
 
 def choose_backend(wanted: str, vllm: str, gpu: bool, packages: set[str], *, alone: bool = True,

@@ -1038,7 +1038,7 @@ def test_a_gpu_that_torch_cannot_use_is_named_in_one_line(
 
 
 @pytest.mark.parametrize("capability, old", [((7, 5), True), ((8, 9), False)])
-def test_flashinfer_stays_off_on_cards_it_is_not_for(capability, old, gpu, monkeypatch):
+def test_flashinfer_stays_off(capability, old, gpu, monkeypatch):
     import trl.generation.vllm_generation as rollouts
 
     for name in ("UNSLOTH_VLLM_NO_FLASHINFER", "UNSLOTH_VLLM_STANDBY",
@@ -1055,7 +1055,7 @@ def test_flashinfer_stays_off_on_cards_it_is_not_for(capability, old, gpu, monke
     script.start_backend(script.parse_options(["--recipe", "qwen-3b", "--vllm", "off"]))
     assert "UNSLOTH_VLLM_STANDBY" not in os.environ  # it would cost expandable memory segments
     script.start_backend(script.parse_options(["--recipe", "qwen-3b"]))
-    assert (os.environ.get("UNSLOTH_VLLM_NO_FLASHINFER") == "1") == old
+    assert os.environ["UNSLOTH_VLLM_NO_FLASHINFER"] == "1"
     assert os.environ["UNSLOTH_VLLM_STANDBY"] == "1"
     assert "UNSLOTH_VLLM_STANDBY_UTIL_OVERRIDE" not in os.environ  # Unsloth finds its own share
     script.start_backend(script.parse_options(["--gpu-memory-utilization", "0.4"]))
@@ -1101,8 +1101,62 @@ def test_a_card_too_small_for_the_engine_is_named_with_the_remedy(gpu, monkeypat
         FastLanguageModel=SimpleNamespace(from_pretrained=full)))
     args = script.parse_options(["--recipe", "qwen-3b"])
     assert (args.load_in_4bit, args.vllm) == (True, "colocate")  # bitsandbytes is built into vllm
-    line = stopped(capsys, script.load_unsloth, args, "base", 64, None)
+    line = stopped(capsys, script.load_unsloth, args, "base", None, 64, None)
     assert "out of memory while loading base: --gpu-memory-utilization 0.4, or --vllm off" in line
+
+
+ASKS = "import os, sys; os.fstat(sys.stdout.fileno()); sys.modules[__name__].asked = True"
+
+
+@pytest.mark.parametrize("options, targets", [
+    (["--lora-targets", "all-linear"], "all-linear"), (["--lora-targets", "q_proj"], ["q_proj"])])
+def test_unsloth_gets_the_base_announced_and_options_as_it_wants_them(
+        options, targets, gpu, monkeypatch, tmp_path, capsys):
+    """And vLLM inside it, the file number of the screen, which it asks for."""
+    def load(model_name, **how):
+        os.fstat(sys.stdout.fileno())  # as vLLM does
+        print("a banner")
+        file = Path(model_name, "adapter_config.json")
+        calls.append((how, json.loads(file.read_text()) if file.is_file() else model_name))
+        return SimpleNamespace(fast_generate=None), SimpleNamespace(pad_token="<none>")
+
+    (tmp_path / "unsloth.py").write_text(ASKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "unsloth", raising=False)
+    monkeypatch.setattr(script, "give_memory_back", lambda model: None)
+    monkeypatch.setenv("UNSLOTH_VLLM_STANDBY", "")
+    gpu(24, ("vllm", "unsloth"))
+    calls, tokenizer = [], SimpleNamespace(get_vocab=dict)
+    args = script.parse_options(["--recipe", "qwen-3b", "--no-gradient-checkpointing", *options])
+    script.start_backend(args)
+    assert sys.modules["unsloth"].asked
+    sys.modules["unsloth"].FastLanguageModel = SimpleNamespace(
+        from_pretrained=load, get_peft_model=lambda model, **how: calls.append((how, model)))
+    script.load_unsloth(args, "owner/other", None, 64, tokenizer)
+    assert calls[0][1] == "owner/other" and calls[1][0]["target_modules"] == targets
+    saved = tmp_path / "saved" / "adapter_config.json"
+    saved.parent.mkdir()
+    saved.write_text(before := '{"r": 8, "base_model_name_or_path": "/moved"}')
+    script.load_unsloth(args, "owner/other", saved.parent, 64, tokenizer)
+    assert saved.read_text() == before
+    assert calls[2][1] == json.loads(before) | {"base_model_name_or_path": "owner/other"}
+    assert all(how["use_gradient_checkpointing"] is False for how, _ in calls)
+    monkeypatch.setattr(infer, "engine_of", lambda *_: None)
+    base = SimpleNamespace(path="owner/other", adapter=saved.parent, run={})
+    with script.quiet():
+        infer.with_unsloth(None, base, tokenizer, "bfloat16", 64)
+    assert calls[3][1] == calls[2][1]
+    assert "banner" not in capsys.readouterr().out
+
+
+def test_trainers_get_the_file_number_of_the_screen(tmp_path, capsys):
+    """TRL starts vLLM inside its trainer."""
+    def trainer(args):
+        os.fstat(sys.stdout.fileno())
+        raise ValueError("asked")
+
+    line = stopped(capsys, script.run_trainer, trainer, None, tmp_path)
+    assert line == "error: trainer refuses these options: asked"
 
 
 def test_a_tracker_without_an_account_is_off_or_refused(monkeypatch, capsys, tmp_path):
