@@ -2314,15 +2314,21 @@ def test_the_notebook_runs_and_run_again_it_resumes(tmp_path, tiny_model, monkey
              and cell.metadata.get("tags") != ["colab-only"]]
     assert [cell.metadata.get("tags") for cell in cells][:2] == [["settings"], None]
     cells[0].source = f"RUN, OPTIONS = 'a run', {options!r}"
-    book.cells = [*cells, nbformat.v4.new_code_cell(cells[1].source)]
-    nbclient.NotebookClient(book, timeout=300, kernel_name="python3",
-                            resources={"metadata": {"path": str(place)}}).execute()
-    _, train, look, ask, again = book.cells
+    book.cells = cells
+    echo = cells[3].source.replace("python infer.py", "echo").replace("Anna", "$5: Anna's friend")
+    book.cells += map(nbformat.v4.new_code_cell, (
+        cells[1].source, echo, "OPTIONS += ' --temperature 0.5'", cells[1].source))
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="see the line above"):
+        nbclient.NotebookClient(book, timeout=300, kernel_name="python3",
+                                resources={"metadata": {"path": str(place)}}).execute()
+    look = book.cells[2]
     said = ["".join(o.get("text", "") for o in cell.outputs) for cell in book.cells]
     assert "step 2/2" in said[1] and "ask it:" in said[1], said[1]
     assert "McNemar p" in said[2] and any("image/png" in o.get("data", {}) for o in look.outputs)
     assert "answer: " in said[3], said[3]
     assert "ask it:" in said[4] and "step 2/2" not in said[4], said[4]  # not done again
+    assert "$5: Anna's friend has 3 boxes" in said[5]
+    assert "--resume with other options: temperature" in said[7], said[7]
 
 
 # ---- The benchmark -------------------------------------------------------------------------------

@@ -22,14 +22,15 @@ CELLS = [  # (kind, text): markdown, code, or code with a tag
 {BADGE}
 
 1. *Runtime → Change runtime type → T4 GPU* (or any other; without a GPU a small model is trained).
-2. *Runtime → Run all.* Drive asks for permission once.
-3. **After a disconnect: run all again.** The run is kept in Drive, and goes on where it was.
+2. Put the address of the project into `REPO` below, if it is not there yet.
+3. *Runtime → Run all.* Drive asks for permission once.
+4. **After a disconnect: run all again.** The run is kept in Drive, and goes on where it was.
 
 What you see at the end: accuracy on held-out questions before and after, a picture, an answer.
 """),
     ("settings", f"""
 REPO = "{REPO}"
-RUN = "/content/drive/MyDrive/reasoning-grpo/first-run"  # a new name starts a new run
+RUN = "/content/drive/MyDrive/reasoning-grpo/first-run"  # new options want a new name
 OPTIONS = "--max-steps 60 --eval-questions 100 --save-steps 10"  # README.md has them all
 """),
     ("colab-only", """
@@ -42,6 +43,7 @@ drive.mount("/content/drive")
 gpu = shutil.which("nvidia-smi")
 which = "requirements.txt" if gpu else "requirements-cpu.txt"
 !pip install -q -r {which}
+assert _exit_code == 0, "stopped: see the line above"
 """),
     ("markdown", """
 ## Train
@@ -54,8 +56,9 @@ it again: it goes on from the last checkpoint, one every `--save-steps`.
     ("code", """
 import os
 
-options = "--resume" if os.path.isfile(f"{RUN}/args.json") else OPTIONS
+options = OPTIONS + " --resume" * os.path.isfile(f"{RUN}/args.json")
 !python reasoning_model_grpo.py {options} --output-dir "{RUN}"
+assert _exit_code == 0, "stopped: see the line above"
 """),
     ("markdown", "## Look"),
     ("code", """
@@ -75,8 +78,10 @@ display(Image(f"{RUN}/progress.png"))
 many questions while the model is loaded once.
 """),
     ("code", """
+import shlex
+
 QUESTION = "Anna has 3 boxes with 4 pens each. How many pens does she have?"
-!python infer.py --adapter "{RUN}/grpo_saved_lora" "{QUESTION}"
+!python infer.py --adapter "{RUN}/grpo_saved_lora" {shlex.quote(QUESTION)}
 """),
     ("markdown", """
 ## Keep
@@ -92,10 +97,12 @@ files.download(shutil.make_archive("/content/adapter", "zip", f"{RUN}/grpo_saved
     ("markdown", """
 ## Your own
 
-- Questions: upload a file with the columns `question` and `answer`, and add
-  `--dataset FILE.jsonl` to `OPTIONS`.
-- A reward: write a function into a cell that begins with `%%writefile my_rewards.py`, and add
-  `--reward-funcs correctness_reward_func my_rewards.py:NAME`.
+Each with a new name for `RUN`; then *Run all*.
+
+- Questions: put a file with the columns `question` and `answer` into Drive, and add
+  `--dataset /content/drive/MyDrive/FILE.jsonl` to `OPTIONS`.
+- A reward: write a function into a cell above *Train* that begins with `%%writefile my_rewards.py`,
+  and add `--reward-funcs correctness_reward_func my_rewards.py:NAME`.
 - A model: `--model Qwen/Qwen2.5-1.5B-Instruct`.
 """),
 ]
