@@ -4,9 +4,11 @@
     python benchmark.py --completion-length 53 160 320 --skip-answers
 
 A step: TRL's GRPOTrainer with its defaults, with its best flags, and this suite's, in turn, each in
-a process of its own; same model, rows, rewards, adapter and seed, every completion of full length.
-Medians; a process's first step is not counted. First answer: seconds from command to end, median of
-three after one not counted; the bare minimum imports torch and transformers and loads the weights.
+a process of its own; same model, rows, rewards, adapter and seed, every completion of full length
+and in the update (in a run, this suite's leaves out those whose group agrees). Medians; a process's
+first step is not counted; the update is all but the generation. First answer: seconds from command
+to end, median of three after one not counted; the bare minimum imports torch and transformers and
+loads the weights; transformers' pipeline takes questions one by one, as it does by default.
 """
 
 import argparse
@@ -41,11 +43,12 @@ SAME = ("output_dir", "use_cpu", "per_device_train_batch_size", "gradient_accumu
 def in_child(what: str, function, *given):
     """The function's result from a fresh process, whose peak memory is its own."""
     print(f"measuring {what}", file=sys.stderr, flush=True)
-    try:
-        with ProcessPoolExecutor(1, get_context("spawn"), script.quiet_libraries) as pool:
+    with script.one_line(what), ProcessPoolExecutor(
+            1, get_context("spawn"), script.quiet_libraries) as pool:
+        try:
             return pool.submit(function, *given).result()
-    except BrokenProcessPool:
-        stop(f"{what}: its process was killed; is the memory too small?")
+        except BrokenProcessPool:
+            stop(f"{what}: its process was killed; is the memory too small?")
 
 
 def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0) -> list[dict]:
@@ -60,14 +63,17 @@ def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0
         "--recipe", "smollm2-135m", "--model", path, "--backend", "transformers", "--vllm", "off",
         "--reward-funcs", "correctness_reward_func", "strict_format_reward_func", "--batch-size",
         str(batch), "--gradient-accumulation-steps", str(more), "--num-generations", str(group),
-        "--max-prompt-length", "1000", "--eval-steps", "0",
+        "--max-prompt-length", "1000", "--eval-steps", "0", "--lora-targets", "all-linear",
         "--max-steps", f"{args.steps + 1}",
         "--set", f'generation_kwargs={{"min_new_tokens": {length}}}'])
     base = script.find_base(path, None, True)
-    tokenizer = script.load_tokenizer(base)
+    context, tokenizer = script.check_model(options, base)[1], script.load_tokenizer(base)
     rows = script.to_questions(laptop.generate_questions(200), ["question"], "answer", "generated")
     examples = [(row["question"], script.worked(row, options.format)) for row in rows[:shots]]
     rows = script.add_prompts(rows[shots:], examples, options, tokenizer, "training")
+    if context and max(row["tokens"] for row in rows) + length > context:
+        stop(f"--completion-length {length}: with the prompt more than the model's context of "
+             f"{context} tokens")
     work = tempfile.TemporaryDirectory(prefix="benchmark-")
     config, lora = script.grpo_config(options, Path(work.name), length), None
     if way == SUITE:
@@ -79,7 +85,7 @@ def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0
         model, config = path, GRPOConfig(**{field: getattr(config, field) for field in SAME},
                                          **flags if way == BEST else {})
         lora = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_alpha,
-                          target_modules=options.lora_targets, task_type="CAUSAL_LM")
+                          target_modules=script.lora_targets(options), task_type="CAUSAL_LM")
     config.save_strategy = "no"
     trainer = GRPOTrainer(model, [script.REWARD_FUNCS[name] for name in options.reward_funcs],
                           config, script.as_dataset(rows), processing_class=tokenizer,
@@ -217,7 +223,8 @@ def main(argv: list[str] | None = None) -> None:
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     add, count = parser.add_argument, number(int, 1)
     add("--model", help="Hub id or directory; default: the packaged SmolLM2-135M-Instruct")
-    add("--adapter", metavar="DIR", help="that answers; default: the newest under outputs/, if any")
+    add("--adapter", metavar="DIR", help="that answers; default: without --model the "
+        "newest under outputs/, if any")
     add("--completion-length", type=number(int, 2), nargs="+", default=[53], metavar="TOKENS")
     add("--steps", type=count, default=3, help="counted ones of a process")
     add("--rounds", type=count, default=2, help="processes each, in turn")
@@ -228,8 +235,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--small", action="store_true", help="for tests: 2 x 4 completions, less repeated")
     add("--output", default="outputs/benchmark.json", metavar="FILE", help="or with a number added")
     args = parser.parse_args(argv)
-    with script.one_line(f"--output {args.output} can't be written; name another"):
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    for name in ("model", "adapter", "output"):
+        if getattr(args, name) == "":
+            stop(f"--{name} names nothing: is a variable unset?")
+    if args.skip_training and args.skip_answers:
+        stop("--skip-training and --skip-answers: leave one out")
     if not (args.adapter or args.model):
         with suppress(SystemExit), redirect_stderr(io.StringIO()):  # there need not be one
             args.adapter = str(infer.newest_adapter())
@@ -240,7 +250,12 @@ def main(argv: list[str] | None = None) -> None:
     result = {"options": vars(args), "processors": os.cpu_count(), "load": load, "versions": {
         name: script.installed(name) for name in ("torch", *script.TESTED)}, "steps": []}
     base = script.find_base(model, args.adapter, args.model is not None)  # or stop now
-    path, steps = script.find_model(model)[0], result["steps"]
+    path, steps, file = script.find_model(model)[0], result["steps"], Path(args.output)
+    with script.one_line(f"--output {file} can't be written; name another"):
+        if file.exists() and not file.is_file() or not file.name:
+            raise OSError("it is no file")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
     try:
         for n, length, way in itertools.product(range(
                 0 if args.skip_training else args.rounds), args.completion_length, WAYS):
@@ -258,13 +273,15 @@ def main(argv: list[str] | None = None) -> None:
                  result["answers"])
     finally:  # also what a broken run has measured
         for n in itertools.count(1) if steps or result.get("answers") else ():
-            file = Path(args.output)
-            file = file.with_stem(f"{file.stem}-{n}") if n > 1 else file
-            with suppress(FileExistsError), file.open("x", encoding="utf-8") as written:
+            free = file.with_stem(f"{file.stem}-{n}") if n > 1 else file
+            with suppress(FileExistsError), free.open("x", encoding="utf-8") as written:
                 written.write(json.dumps(result, indent=2) + "\n")
-                print(f"written: {file}", file=sys.stderr)
+                print(f"written: {free}", file=sys.stderr)
                 break
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

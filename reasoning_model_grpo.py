@@ -559,7 +559,7 @@ def quiet_libraries() -> None:
 @cache
 def hub_reachable() -> bool:
     """Ask the Hub once, briefly; where it does not answer, its libraries stay with their cache."""
-    constants = huggingface_hub.constants
+    constants = importlib.import_module("huggingface_hub.constants")
     if not constants.HF_HUB_OFFLINE:
         with suppress(OSError):  # without this every later call would retry for 23 seconds
             request = urllib.request.Request(constants.ENDPOINT, method="HEAD")

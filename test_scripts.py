@@ -2352,9 +2352,29 @@ def test_the_benchmark_sets_each_way_beside_the_stock_one(tiny_model, tmp_path):
     assert result["training"][2]["ratio"] == 1 and {row["length"] for row in result["steps"]} == {6}
 
 
-def test_the_benchmark_stops_in_one_line(tmp_path):
-    for argv in (["--step", "3"], ["--completion-length", "1"], ["--adapter", "nowhere"],
-                 ["--output", "/dev/null/b.json"]):
-        done = command("benchmark.py", *argv, cwd=tmp_path)
-        *_, line = done.stderr.splitlines()
-        assert done.returncode == 2 and line.startswith("error: "), done.stderr
+@pytest.mark.parametrize("argv, says", [
+    (["--step", "3"], "--steps"), (["--completion-length", "1"], "1"),
+    (["--adapter", "nowhere"], "nowhere is no adapter directory"),
+    (["--model", "nosuch"], "nosuch"), (["--model", ""], "--model names nothing"),
+    (["--adapter", ""], "--adapter names nothing"), (["--output", ""], "--output names nothing"),
+    (["--skip-training", "--skip-answers"], "leave one out"),
+    (["--output", "/dev/null/b.json", "--model", "TINY"], "/dev/null/b.json can't be written"),
+    (["--output", "/proc/b.json", "--model", "TINY"], "/proc/b.json can't be written"),
+    (["--output", ".", "--model", "TINY"], ". can't be written"),
+    (["--output", "/dev/null", "--model", "TINY"], "/dev/null can't be written"),
+])
+def test_the_benchmark_stops_in_one_line_and_leaves_nothing(argv, says, workplace, tiny_model):
+    before = sorted(workplace.iterdir())
+    done = command("benchmark.py", *(str(tiny_model) if a == "TINY" else a for a in argv),
+                   cwd=workplace)
+    *others, line = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("error: ") and says in line, done.stderr
+    assert all(other.startswith("watch: a load") for other in others)
+    assert sorted(workplace.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_the_benchmark_refuses_more_than_the_context(tiny_model, tmp_path):
+    done = command("benchmark.py", "--model", tiny_model, "--small", "--skip-answers",
+                   "--completion-length", "1000000", cwd=tmp_path)
+    assert done.returncode == 2 and "the model's context of" in done.stderr.splitlines()[-1]
