@@ -441,7 +441,8 @@ def one_line(what: str | None, memory: str = ""):
     try:
         yield
     except Exception as problem:
-        if memory and re.search("(?i)out ?of ?memory|MemoryError", f"{problem!r} {problem}"):
+        full = "(?i)out ?of ?memory|MemoryError|one instance per process"  # the last is vLLM's
+        if memory and re.search(full, f"{problem!r} {problem}"):
             stop(f"out of memory {memory}")
         if what is None:
             raise
@@ -1034,7 +1035,8 @@ def load_unsloth(args, base: str, saved: Path | None, limit: int, tokenizer):
     from unsloth import FastLanguageModel
 
     less = max(0.1, args.gpu_memory_utilization - 0.1)
-    lacking = f"while loading {base}: --gpu-memory-utilization {less:.2g}, or --vllm off"
+    lacking = (f"while loading {base}: --gpu-memory-utilization {less:.2g}, or --vllm off; in a "
+               "notebook that has trained before, restart the session first")
     checkpointing = "unsloth" if args.gradient_checkpointing else False
     with one_line(None, lacking), quiet(), adapter_naming(base, saved) as path:
         model, its_own = FastLanguageModel.from_pretrained(
@@ -1320,7 +1322,8 @@ def complete(model, tokenizer, texts: list[str], *, max_tokens: int, temperature
             "repetition_penalty": 1.0}  # some models ship one; training has none
     done, was_training = [None] * len(texts), model.training
     model.eval()
-    with rich_progress.Progress(disable=not label) as bar:
+    # Ten lines a second, as by default, fill what a notebook keeps.
+    with rich_progress.Progress(disable=not label, refresh_per_second=1) as bar:
         task = bar.add_task(label, total=len(texts))
         while order:
             indices = order[:batch_size]

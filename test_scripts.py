@@ -1092,9 +1092,13 @@ def test_an_old_card_is_asked_in_float16_and_float32_is_refused(gpu, capsys):
     assert "--dtype float16" in stopped(capsys, script.parse_options, ["--dtype", "float32"])
 
 
-def test_a_card_too_small_for_the_engine_is_named_with_the_remedy(gpu, monkeypatch, capsys):
+@pytest.mark.parametrize("problem", [
+    MemoryError("Unsloth: there is no room for the KV cache"),
+    RuntimeError("Sleep mode can only be used for one instance per process.")])
+def test_a_card_too_small_for_the_engine_is_named_with_the_remedy(
+        problem, gpu, monkeypatch, capsys):
     def full(**_):
-        raise MemoryError("Unsloth: there is no room for the KV cache")
+        raise problem
 
     gpu(5.8, ("vllm", "unsloth"))
     monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(
