@@ -17,14 +17,14 @@ import json
 import os
 import re
 import sys
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 from rewards import (
     FORMATS, OneLineParser, adapter_naming, after_thinking, answer_block, build_prompt,
     choose_backend, complete_with_vllm, fold_system, max_lora_rank, number, printable,
-    refuses_system, render_prompts, stop, vote,
+    quiet, refuses_system, render_prompts, stop, vote,
 )
 
 CHUNK = 64  # questions answered before they are shown and written
@@ -294,7 +294,7 @@ def load_engine(args, base, tokenizer, dtype: str, room: int, many: bool):
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     try:
-        with redirect_stdout(sys.stderr):  # banners
+        with quiet():
             return ENGINES[name](args, base, tokenizer, dtype, room)
     except Exception as problem:  # vLLM and Unsloth raise all kinds
         reason = " ".join(f"{name} can't start ({type(problem).__name__}: {problem})".split())

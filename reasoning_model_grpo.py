@@ -40,7 +40,7 @@ import time
 import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from decimal import Decimal
 from functools import cache, partial
@@ -51,7 +51,7 @@ from typing import NamedTuple
 from rewards import (
     FORMATS, REWARD_FUNCS, Completion, OneLineParser, adapter_naming, answer_fault, build_prompt,
     choose_backend, complete_with_vllm, completion_text, did_you_mean, extract_hash_answer,
-    fold_system, format_fault, is_correct, max_lora_rank, number, parse_number, printable,
+    fold_system, format_fault, is_correct, max_lora_rank, number, parse_number, printable, quiet,
     refuses_system, render_prompts, stop, vote,
 )
 
@@ -523,6 +523,7 @@ def start_backend(args) -> None:
             if "gpu_memory_utilization" in args.typed:
                 os.environ["UNSLOTH_VLLM_STANDBY_UTIL_OVERRIDE"] = "1"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         with quiet():
             import unsloth  # noqa: F401
         datasets.disable_progress_bars()  # imported by now, so it has read its variable
@@ -535,13 +536,6 @@ def start_backend(args) -> None:
              if (have := installed(name)) and have.partition("+")[0] != tested]
     if other:
         print(f"watch: not the tested versions: {'; '.join(other)}")
-
-
-@contextmanager
-def quiet():
-    """Libraries' banners go to a true file: vLLM, inside, asks for its number."""
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        yield
 
 
 def quiet_libraries() -> None:

@@ -16,11 +16,12 @@ It does not evaluate arithmetic in answers, read numbers in words, or grade anyt
 import argparse
 import difflib
 import json
+import os
 import re
 import shutil
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from decimal import Context, Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -477,6 +478,12 @@ def max_lora_rank(path: str | Path, fresh: int = 16) -> int:
     record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"r": fresh}
     rank = max(record["r"], *(record.get("rank_pattern") or {}).values(), 1)
     return next((size for size in (8, 16, 32, 64, 128, 256, 320) if size >= rank), 512)
+
+
+def quiet():
+    """A context in which banners go to a true file, as vLLM asks for its number. It stays open, for
+    the loggers that take it for theirs."""
+    return redirect_stdout(open(os.devnull, "w"))  # noqa: SIM115
 
 
 @contextmanager
