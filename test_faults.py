@@ -424,6 +424,7 @@ def turns(completions, trainer_state=None, **kwargs):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gives", cases(LATER, 3))
 def test_a_reward_that_fails_in_training_is_named_and_mended_it_goes_on(
         gives, workplace, tiny_model, capfd):
@@ -444,6 +445,7 @@ def test_extreme_values_train_or_end_in_one_line(typed, workplace, tiny_model, c
     assert code in (0, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", cases(EXTRAS, 3))
 def test_a_column_of_any_value_does_not_end_a_run(extra, workplace, tiny_model):
     """In all rows alike, so that it is no column of mixed kinds."""
@@ -473,6 +475,7 @@ def remount(workplace):
 ON_DISK = ["--save-steps", "1", "--max-steps", "3", "--output-dir", "disk/run"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [8, *(pytest.param(n, marks=slow) for n in (120, 250, 400, 550))])
 def test_a_full_disk_ends_in_one_line_and_with_room_the_run_goes_on(
         room, remount, tiny_model, capfd):
@@ -491,6 +494,7 @@ def test_a_full_disk_ends_in_one_line_and_with_room_the_run_goes_on(
         assert same_weights(run / "grpo_saved_lora", "whole/grpo_saved_lora")
 
 
+@pytest.mark.slow
 def test_a_read_only_disk_ends_in_one_line(remount, tiny_model, capfd):
     argv = arguments(tiny_model, "--eval-questions", "0", *ON_DISK)
     script.main([*argv, "--max-steps", "1"])
@@ -671,6 +675,7 @@ def cell(rng: random.Random, depth=0):
         {"role": "user", "content": inner}]])
 
 
+@pytest.mark.slow
 def test_rows_of_any_values_are_questions_or_one_line(workplace, capfd):
     rng, taken = random.Random(0), 0
     for i in range(max(200, FUZZ // 10)):

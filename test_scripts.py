@@ -540,6 +540,7 @@ def test_a_base_recorded_elsewhere_is_named_by_model(recorded, copied, tiny_mode
     assert infer.render("q", {}, script.load_tokenizer(base)) .endswith("q Well: ")
 
 
+@pytest.mark.slow
 def test_resume_goes_on_with_what_the_run_had(workplace, tiny_model, capsys, monkeypatch):
     """The questions that stood in for the Hub's, rows and rewards from Python, lists, exports."""
     def resume(*more, **given):
@@ -585,6 +586,7 @@ def test_rewards_of_one_name_and_those_without_are_told_apart(workplace, tiny_mo
     assert "rewards:   1 partial" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_adapter_and_saves_no_reference(copied, capsys):
     """With --beta; and rewards get every column, and may be coroutines."""
     strong(SAVED, copied / "start", 1)
@@ -632,6 +634,7 @@ def test_a_broken_run_goes_on_where_it_was(broken_in, trained, copied, capsys):
     assert steps == [1, 2] and (RUN / "progress.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_finished_run_shows_its_table_or_goes_on_to_more_steps(copied, tiny_model, capsys):
     same = arguments(tiny_model, *RUN_OPTIONS, "--resume")
     line = stopped(capsys, script.main, [*same, "--learning-rate", "0.5", "--seed", "2"])
@@ -653,6 +656,7 @@ def test_a_finished_run_shows_its_table_or_goes_on_to_more_steps(copied, tiny_mo
     assert json.loads((SAVED / "args.json").read_text())["steps"] == 3
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_alarms_come_once_after_three_steps(workplace, tiny_model, capsys):
     script.main(arguments(tiny_model, "--max-steps", "2000", "--eval-questions", "0",
                           "--output-dir", "run", "--warm-start", "1", reward="noisy.py:interrupt"))
@@ -699,6 +703,7 @@ def test_a_run_that_falls_apart_is_told_from_one_that_does_not(metric, shares, s
     assert bool(alarms) == seen and all("lower --learning-rate" in line for _, line in alarms)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_is_dropped_and_ends_the_run(
         workplace, tiny_model, capsys, monkeypatch):
     """Driven from Python: rewards are functions, questions are rows."""
@@ -723,6 +728,7 @@ def test_a_gradient_that_is_not_finite_is_dropped_and_ends_the_run(
     assert questions == [row["question"] for row in rows[16:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward, warm, kept, equal", [
     ("worse", "1", "what GRPO started from", "warm_start_lora"),
     ("peak", "0", "step 1", "checkpoint-1")])
@@ -1795,6 +1801,7 @@ def test_completions_that_have_ended_are_read_no_more(tiny_model, monkeypatch):
     assert sum(rows[1:]) < 1.4 * (completed[:, 17:] > 0).sum() < 16 * len(rows[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{"num_beams": 2}, {"encoder_repetition_penalty": 1.3},
                                   {"repetition_penalty": 1.3}, {"eos_token_id": None}])
 def test_what_else_is_asked_of_generate_is_done(more, tiny_model):
@@ -1805,6 +1812,7 @@ def test_what_else_is_asked_of_generate_is_done(more, tiny_model):
     assert fast.generate(ids, **asked).tolist() == plain.generate(ids, **asked).tolist()
 
 
+@pytest.mark.slow
 def test_draws_have_the_given_probabilities(tiny_model):
     import torch
 
