@@ -269,6 +269,8 @@ def parse_options(argv: list[str] | None, rewards: list[str] | None = None) -> a
     capable = bool(gpu()) or os.environ.get("UNSLOTH_FORCE_CPU") == "1"  # Unsloth's own switch
     backend, vllm, why = choose_backend(args.backend, args.vllm, capable, packages,
                                         lora=not args.full_finetune, alone=processes() == 1)
+    if args.adapter and args.export and not args.evaluate_only and "vllm" not in typed:
+        vllm = "off"  # exporting asks no engine
     if gpu() and not was:
         gigabytes = gpu().total_memory / 1e9
         preset = memory_preset(gigabytes, vars(args), four_bit=backend == "unsloth")
@@ -352,9 +354,10 @@ def memory_preset(gigabytes: float, recipe: dict, four_bit: bool) -> dict:
     names = ("num_generations", "max_prompt_length", "max_completion_length")
     changed = {name: bound for name, bound in zip(names, bounds) if (recipe[name] or 0) > bound}
     if not four_bit and gigabytes < 17 and recipe["batch_size"] > 4:  # TRL keeps several logits
-        more = recipe["gradient_accumulation_steps"]
-        changed |= {"batch_size": 4, "gradient_accumulation_steps":
-                    more and math.ceil(more * recipe["batch_size"] / 4)}
+        group, batch = changed.get(names[0], recipe[names[0]]), recipe["batch_size"]
+        more = recipe["gradient_accumulation_steps"] or group // math.gcd(
+            group, batch * processes())
+        changed |= {"batch_size": 4, "gradient_accumulation_steps": math.ceil(more * batch / 4)}
     if four_bit and not recipe["full_finetune"] and recipe["load_in_4bit"] != packed:
         changed["load_in_4bit"] = packed
     return changed
@@ -515,6 +518,8 @@ def laptop(what: str = ""):
 
 def start_backend(args) -> None:
     """Import Unsloth before trl, peft and transformers, which it patches; then quiet them all."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     if args.backend == "unsloth":
         # FlashInfer: minutes of nvcc for what nothing here uses; on a T4 then a crash.
         os.environ.setdefault("UNSLOTH_VLLM_NO_FLASHINFER", "1")
@@ -522,8 +527,6 @@ def start_backend(args) -> None:
             os.environ.setdefault("UNSLOTH_VLLM_STANDBY", "1")  # engine and training share memory
             if "gpu_memory_utilization" in args.typed:
                 os.environ["UNSLOTH_VLLM_STANDBY_UTIL_OVERRIDE"] = "1"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         with quiet():
             import unsloth  # noqa: F401
         datasets.disable_progress_bars()  # imported by now, so it has read its variable
@@ -1118,8 +1121,9 @@ def call_reward(func, rows: list[dict], texts: list[str]) -> list[float]:
                 log_metric=lambda *_: None)
 
 
-def grpo_config(args, output_dir: Path, limit: int, validate=False, fresh=True):
-    """TRL's GRPOConfig: the options, then our own defaults, which --set may change."""
+def grpo_config(args, output_dir: Path, limit: int, validate=False, fresh=True, end=None):
+    """TRL's GRPOConfig: the options, then our own defaults, which --set may change. `end` is the id
+    of the token that ends a turn."""
     vllm = "off" if args.backend == "unsloth" else args.vllm  # Unsloth's trainer sets its own
     known = {field.name: field.default for field in dataclasses.fields(trl.GRPOConfig)}
     owned = {name: (name, value) for name, value in vars(args).items() if name in known} | {
@@ -1167,6 +1171,9 @@ def grpo_config(args, output_dir: Path, limit: int, validate=False, fresh=True):
         if isinstance(known[name], (int, float)) and not isinstance(fields[name], (int, float)):
             stop(f"--set {pair}: {name} is a number or true/false, by default {known[name]}")
     with one_line("GRPOConfig refuses these options"), quiet():
+        if end is not None and args.vllm != "off":  # vLLM stops at the model's own ends alone
+            given = fields.get("generation_kwargs") or {}
+            fields["generation_kwargs"] = {"stop_token_ids": [end]} | given
         config = trl.GRPOConfig(**fields)  # Unsloth's says what it sets, and we set back
     # Unsloth replaces GRPOConfig by its own, which sets some fields by the loss that is named, and
     # drops what it does not know with a warning.
@@ -1757,8 +1764,11 @@ def export(args, base: Base, model, tokenizer) -> None:
             options = (made.get("options") or {}) | {"load_in_4bit": False}
             write_whole(merged / "args.json", made | {"options": options})
         print(f"merged: {merged}")
-    if "gguf" in args.export:
+    if "gguf" in args.export:  # the model may hold other weights than those that were kept
+        weights = peft.load_peft_weights(str(base.adapter), device="cpu")
+        peft.set_peft_model_state_dict(model, weights)
         model.save_pretrained_gguf(str(merged.with_name("gguf")), tokenizer)
+        print(*(f"gguf: {file}" for file in merged.parent.glob("gguf*/*.gguf")), sep="\n")
     if "hub" in args.export:
         with one_line("--export hub can't be done; log in with `hf auth login`"):
             huggingface_hub.create_repo(args.hub_id, exist_ok=True)
@@ -1896,7 +1906,8 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
             func.__name__ += f"_{same + 1}"
     for func in rewards:  # so that a faulty one is named before an hour is spent
         call_reward(func, train[:2], [row["solution"] or "1" for row in train[:2]])
-    config = grpo_config(args, run_dir, limit, bool(validation), newest(run_dir) is None)
+    config = grpo_config(args, run_dir, limit, bool(validation), newest(run_dir) is None,
+                         tokenizer.eos_token_id)
     show_plan(run, parameters, source, train, test, why, rewards)
     if "<think>" in tokenizer.chat_template or "thinking" in tokenizer.chat_template:
         print("a thinking model: what follows a leading <think>...</think> is judged")

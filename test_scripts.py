@@ -393,6 +393,25 @@ def test_what_a_run_recorded_asks_its_adapter_again(copied, capsys, monkeypatch)
         assert {row["question"] for row in test} >= held_out
 
 
+def test_gguf_is_made_of_the_adapter_that_was_kept_and_not_of_the_last_step(
+        copied, tiny_model, monkeypatch, capsys):
+    import torch
+
+    def save(directory, tokenizer):
+        made.update({name: p.clone() for name, p in model.named_parameters() if "lora" in name})
+        Path(f"{directory}_gguf").mkdir()
+        Path(f"{directory}_gguf/m.Q8_0.gguf").touch()
+
+    args, made = script.parse_options(arguments(tiny_model)), {}
+    model = script.load_policy(args, script.find_base(str(tiny_model), None, True), None)
+    model.save_pretrained_gguf, args.export = save, ["gguf"]
+    base = script.find_base(str(tiny_model), str(strong(SAVED, copied / "strong", 1)), True)
+    script.export(args, base, model, None)
+    kept = {name.replace(".weight", ".default.weight"): w for name, w in weights("strong").items()}
+    assert made.keys() == kept.keys() and all(torch.equal(made[n], kept[n]) for n in made)
+    assert "gguf: " in (said := capsys.readouterr().out) and "gguf_gguf/m.Q8_0.gguf" in said
+
+
 def test_exported_weights_answer_as_the_adapter_does(copied):
     import torch
     from transformers import AutoModelForCausalLM
@@ -1082,6 +1101,18 @@ def test_a_small_card_takes_smaller_batches_where_trl_keeps_the_logits():
     assert "batch_size" not in script.memory_preset(23.6, options, four_bit=False)
 
 
+@pytest.mark.parametrize("cards", [1, 2])
+@pytest.mark.parametrize("recipe", ["small-models", "qwen-0.5b-fp32"])
+def test_small_cards_write_as_many_completions_a_step_as_large_ones(
+        recipe, cards, gpu, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(cards))
+    gpu(24, ())
+    large = script.completions_a_step(script.parse_options(["--recipe", recipe]))
+    gpu(15.8, (), (7, 5))
+    args = script.parse_options(["--recipe", recipe])
+    assert script.completions_a_step(args) == large and args.batch_size == 4
+
+
 def test_what_unsloth_keeps_for_writing_goes_before_training():
     layer = SimpleNamespace(paged_attention=1, paged_attention_K=2, weight=3)
     slept, engine = [], SimpleNamespace(sleep=lambda level: slept.append(level))
@@ -1180,6 +1211,15 @@ def test_a_tracker_without_an_account_is_off_or_refused(monkeypatch, capsys, tmp
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert script.usable_tracker("wandb", typed=True) == "wandb"
     assert script.usable_tracker("trackio", typed=False) == "trackio"
+
+
+def test_vllm_stops_where_a_turn_ends(workplace):
+    """Else what a base model with a chat template writes runs on in training alone."""
+    args = script.parse_options(["--set", 'generation_kwargs={"seed": 1}'])
+    assert script.grpo_config(args, Path("x"), 52, end=7).generation_kwargs == {"seed": 1}
+    args.backend, args.vllm = "unsloth", "colocate"
+    assert script.grpo_config(args, Path("x"), 52, end=7).generation_kwargs == {
+        "stop_token_ids": [7], "seed": 1}
 
 
 def test_rollouts_reserve_no_more_than_their_length(workplace):
