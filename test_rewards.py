@@ -615,6 +615,7 @@ def fastest(func, runs: int = 3, enough: float = 0.0) -> float:
     return best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_megabyte_costs_under_a_tenth_of_a_second(kind):
     body = "1" + HOSTILE[kind] * (10**6 // len(HOSTILE[kind]))
@@ -624,6 +625,7 @@ def test_a_hostile_megabyte_costs_under_a_tenth_of_a_second(kind):
             assert fastest(lambda f=func, t=text: f(t), enough=0.1) < 0.1, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nested", "digits", "groups", "decimals", "hyphens", "spaces",
                                   "sums", "LaTeX groups", "hour run"])
 def test_twice_the_text_costs_less_than_four_times_the_time(kind):
