@@ -30,7 +30,7 @@ from pathlib import Path
 
 import infer
 import reasoning_model_grpo as script
-from rewards import OneLineParser, number, stop
+from rewards import OneLineParser, number, refuse_empty, stop
 
 laptop = script.Lazy("laptop")  # it imports torch, and --help comes at once
 WAYS = DEFAULTS, BEST, SUITE = "TRL, defaults", "TRL, best flags", "this suite"
@@ -235,9 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--small", action="store_true", help="for tests: 2 x 4 completions, less repeated")
     add("--output", default="outputs/benchmark.json", metavar="FILE", help="or with a number added")
     args = parser.parse_args(argv)
-    for name in ("model", "adapter", "output"):
-        if getattr(args, name) == "":
-            stop(f"--{name} names nothing: is a variable unset?")
+    refuse_empty(args, "model", "adapter", "output")
     if args.skip_training and args.skip_answers:
         stop("--skip-training and --skip-answers: leave one out")
     if not (args.adapter or args.model):

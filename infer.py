@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from rewards import (
     FORMATS, OneLineParser, adapter_naming, after_thinking, answer_block, build_prompt,
     choose_backend, complete_with_vllm, fold_system, max_lora_rank, number, printable,
-    quiet, refuses_system, render_prompts, stop, vote,
+    quiet, refuse_empty, refuses_system, render_prompts, stop, vote,
 )
 
 CHUNK = 64  # questions answered before they are shown and written
@@ -81,9 +81,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
             args.jsonl.unlink()
     if args.json and args.jsonl:
         stop("--json and --jsonl: leave one out")
-    for name in ("adapter", "model"):
-        if getattr(args, name) == "":
-            stop(f"--{name} names nothing: is a variable unset?")
+    refuse_empty(args, "adapter", "model")
     if args.top_p > 1:
         stop(f"--top-p {args.top_p} is not at most 1")
     if args.top_p < 1 and args.samples == 1 and not args.temperature:

@@ -269,7 +269,7 @@ def parse_options(argv: list[str] | None, rewards: list[str] | None = None) -> a
     capable = bool(gpu()) or os.environ.get("UNSLOTH_FORCE_CPU") == "1"  # Unsloth's own switch
     backend, vllm, why = choose_backend(args.backend, args.vllm, capable, packages,
                                         lora=not args.full_finetune, alone=processes() == 1)
-    if args.adapter and args.export and not args.evaluate_only and "vllm" not in typed:
+    if only_exports(args) and "vllm" not in typed:
         vllm = "off"  # exporting asks no engine
     if gpu() and not was:
         gigabytes = gpu().total_memory / 1e9
@@ -338,14 +338,18 @@ def fill_in(args, typed: set[str]) -> None:
     if not args.reward_weights or "reward_funcs" in typed and "reward_weights" not in typed:
         args.reward_weights = [1.0] * len(args.reward_funcs)
     if "gradient_accumulation_steps" not in args.typed:  # the recipe's or more: whole groups
-        group = args.num_generations
-        fewest = group // math.gcd(group, args.batch_size * processes())
+        fewest = batches_of_whole_groups(args.num_generations, args.batch_size)
         args.gradient_accumulation_steps = fewest * math.ceil(
             (args.gradient_accumulation_steps or 1) / fewest)
     if args.eval_steps is None:  # five times 64 completions, against a tenth of those of training
         cheap = (args.max_steps >= 20 and "save_steps" not in args.typed
                  and args.max_steps * completions_a_step(args) >= 3200)
         args.eval_steps = math.ceil(args.max_steps / 4) if cheap else 0
+
+
+def batches_of_whole_groups(group: int, batch: int) -> int:
+    """The fewest batches, each of all processes, that hold whole groups."""
+    return group // math.gcd(group, batch * processes())
 
 
 def memory_preset(gigabytes: float, recipe: dict, four_bit: bool) -> dict:
@@ -355,8 +359,7 @@ def memory_preset(gigabytes: float, recipe: dict, four_bit: bool) -> dict:
     changed = {name: bound for name, bound in zip(names, bounds) if (recipe[name] or 0) > bound}
     if not four_bit and gigabytes < 17 and recipe["batch_size"] > 4:  # TRL keeps several logits
         group, batch = changed.get(names[0], recipe[names[0]]), recipe["batch_size"]
-        more = recipe["gradient_accumulation_steps"] or group // math.gcd(
-            group, batch * processes())
+        more = recipe["gradient_accumulation_steps"] or batches_of_whole_groups(group, batch)
         changed |= {"batch_size": 4, "gradient_accumulation_steps": math.ceil(more * batch / 4)}
     if four_bit and not recipe["full_finetune"] and recipe["load_in_4bit"] != packed:
         changed["load_in_4bit"] = packed
@@ -450,6 +453,11 @@ def one_line(what: str | None, memory: str = ""):
         if what is None:
             raise
         stop(f"{what}: {' '.join(str(problem).split()[:40]) or repr(problem)}")
+
+
+def only_exports(args) -> bool:
+    """Whether an adapter is handed on as it is, neither trained nor measured."""
+    return bool(args.adapter and args.export and not args.evaluate_only)
 
 
 def completions_a_step(args) -> int:
@@ -1768,7 +1776,8 @@ def export(args, base: Base, model, tokenizer) -> None:
         weights = peft.load_peft_weights(str(base.adapter), device="cpu")
         peft.set_peft_model_state_dict(model, weights)
         model.save_pretrained_gguf(str(merged.with_name("gguf")), tokenizer)
-        print(*(f"gguf: {file}" for file in merged.parent.glob("gguf*/*.gguf")), sep="\n")
+        for file in merged.parent.glob("gguf*/*.gguf"):
+            print(f"gguf: {file}")
     if "hub" in args.export:
         with one_line("--export hub can't be done; log in with `hf auth login`"):
             huggingface_hub.create_repo(args.hub_id, exist_ok=True)
@@ -1877,7 +1886,7 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
         base = find_base(args.model, args.adapter, "model" in args.typed)
         parameters, context = check_model(args, base)
         tokenizer = load_tokenizer(base, args.chat_template)
-        if args.adapter and args.export and not args.evaluate_only:
+        if only_exports(args):
             unsloth = "gguf" in args.export
             return export(args, base, load_unsloth(args, base.path, base.adapter, 512, tokenizer)
                           if unsloth else None, tokenizer)

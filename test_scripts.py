@@ -1146,7 +1146,7 @@ def test_a_card_too_small_for_the_engine_is_named_with_the_remedy(
     assert "out of memory while loading base: --gpu-memory-utilization 0.4, or --vllm off" in line
 
 
-ASKS = "import os, sys; os.fstat(sys.stdout.fileno()); sys.modules[__name__].asked = True"
+ASKS = "import os, sys; os.fstat(sys.stdout.fileno()); asked = True"
 
 
 @pytest.mark.parametrize("options, targets", [
