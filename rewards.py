@@ -21,7 +21,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from decimal import Context, Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -98,11 +98,17 @@ def completion_text(completion) -> str:
         return completion
     for message in reversed(completion):
         if message.get("role", "assistant") == "assistant":
-            content = message.get("content") or ""
-            if isinstance(content, str):
-                return content
-            return "".join(part.get("text") or "" for part in content)
+            return message_text(message)
     return ""
+
+
+def message_text(message: dict) -> str:
+    """The text of one message: its content (ShareGPT's value), which may come in parts."""
+    content = message.get("content", message.get("value")) or ""
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else ""
 
 
 def after_thinking(text: str) -> str:
@@ -226,6 +232,9 @@ def parse_number(text) -> Decimal | None:
     if prefix[1] and prefix[2]:
         return None
     return Decimal(("-" if "-" in prefix.groups() else "") + number[0].replace(",", ""))
+
+
+parse_gold = parse_number  # replaced soon
 
 
 # Both read backwards, so that the last number of a long text is found without reading all of it.
@@ -469,6 +478,36 @@ def number(kind, low, inclusive=True, below=float("inf")):
 
     read.__name__ = kind.__name__
     return read
+
+
+def file_path(text: str) -> str:
+    """An argparse type: a name that a file can have, its ~ expanded as a shell does."""
+    if not text or max(map(len, os.fsencode(text).split(b"/"))) > 255 or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}... is no name a file can have")
+    return os.path.expanduser(text)
+
+
+def existing_path(text: str) -> str:
+    """The same; where it exists, as FILE:function too, as it holds from any directory."""
+    text = file_path(text)
+    file, colon, function = text.rpartition(":")
+    if Path(text).exists():
+        return str(Path(text).resolve())
+    return f"{Path(file).resolve()}:{function}" if colon and Path(file).is_file() else text
+
+
+def command_line(file: str | None) -> list[str]:
+    """What was typed behind the name of the script `file`; nothing in a notebook's cell, where
+    sys.argv is the kernel's, but for %run and Spyder's runfile, which set it."""
+    own = file is not None and Path(sys.argv[0]).name == Path(file).name
+    return sys.argv[1:] if own or "ipykernel" not in sys.modules else []
+
+
+def take_any_terminal() -> None:
+    """Show a question mark for what a terminal or a log that is not UTF-8 can't show."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # a notebook's takes all
+            stream.reconfigure(errors="replace")
 
 
 def refuse_empty(args, *names: str) -> None:
