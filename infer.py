@@ -5,6 +5,8 @@
     python infer.py --file questions.txt --jsonl answers.jsonl [--resume]
     cat questions.txt | python infer.py --json
     python infer.py --chat
+    python infer.py --evaluate                              # on what its run held out
+    python infer.py --evaluate --dataset test.jsonl --samples 4   # majority vote, pass@4
 
 Takes the newest adapter under outputs/ unless told otherwise, and prompts it as it was trained;
 greedy by default. With a GPU it answers through Unsloth's and vLLM's engine (fast_generate), and
@@ -23,8 +25,8 @@ from types import SimpleNamespace
 
 from rewards import (
     FORMATS, OneLineParser, adapter_naming, after_thinking, answer_block, build_prompt,
-    choose_backend, complete_with_vllm, fold_system, max_lora_rank, number, printable,
-    quiet, refuse_empty, refuses_system, render_prompts, stop, vote,
+    choose_backend, complete_with_vllm, file_path, fold_system, in_a_cell, max_lora_rank, number,
+    printable, quiet, refuses_system, render_prompts, stop, take_any_terminal, vote,
 )
 
 CHUNK = 64  # questions answered before they are shown and written
@@ -39,11 +41,13 @@ INSTALL = {
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, path = parser.add_argument, lambda text: Path(file_path(text))
     add("question", nargs="?", help="left out: questions from --file or standard input")
-    add("--file", type=Path, help=".txt (one a line), .jsonl .json .csv .tsv (column question)")
-    add("--adapter", metavar="DIR", help="or OWNER/NAME; default: the newest under outputs/")
-    add("--model", help="without --adapter: a base or fully trained model; with it: its base")
+    add("--file", type=path, help=".txt (one a line), .jsonl .json .csv .tsv (column question)")
+    add("--adapter", type=file_path, metavar="DIR",
+        help="or OWNER/NAME; default: the newest under outputs/")
+    add("--model", type=file_path,
+        help="without --adapter: a base or fully trained model; with it: its base")
     add("--engine", choices=("auto", "unsloth", "vllm", "transformers"), default="auto")
     add("--chat-template", choices=("own", "plain"), help="plain: for a model that has none")
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="default: as trained")
@@ -57,18 +61,36 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compare", action="store_true", help="also without the adapter")
     add("--chat", action="store_true", help="ask one after the other: /samples N /reset /quit")
     add("--json", action="store_true", help="one JSON object a question")
-    add("--jsonl", type=Path, metavar="FILE", help="the same into a file, as they come")
-    add("--resume", action="store_true", help="go on with what --jsonl FILE already holds")
+    add("--jsonl", type=path, metavar="FILE", help="the same into a file, as they come")
+    add("--resume", action="store_true",
+        help="go on with what --jsonl FILE, or --evaluate's --output-dir, already holds")
+    add = parser.add_argument_group("--evaluate: grade answers, for report.py").add_argument
+    add("--evaluate", action="store_true", help="the questions that the adapter's run held out, "
+        "with --samples K also majority vote and pass@K; the table, and a row a question")
+    add("--dataset", type=file_path, help="other questions: a file, a folder or a Hub id; of one "
+        "that has a test split, that")
+    add("--question-column", nargs="+", help="of --dataset; default: question")
+    add("--answer-column", help="of --dataset: the gold; default: answer")
+    add("--eval-questions", type=number(int, 1), metavar="N", help="only the first N")
+    add("--output-dir", type=path, metavar="DIR",
+        help="default: outputs/evaluations/NAME; a taken one gets a number")
     return parser
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """The options; stops at what can't work, before anything heavy is imported."""
-    if argv is None:  # in a notebook, sys.argv is the kernel's
-        argv = [] if "ipykernel" in sys.modules else sys.argv[1:]
+    if argv is None:
+        argv = [] if in_a_cell(globals().get("__file__")) else sys.argv[1:]
     args = build_parser().parse_args(argv)
-    if args.resume and not args.jsonl:
-        stop("--resume goes with --jsonl FILE, whose answers it goes on with")
+    if args.resume and not (args.jsonl or args.output_dir):
+        stop("--resume goes with --jsonl FILE, or with --evaluate --output-dir DIR")
+    asks = ("question", "file", "jsonl", "json", "compare", "chat")
+    about = ("dataset", "question_column", "answer_column", "eval_questions", "output_dir")
+    for name in asks if args.evaluate else about:
+        if getattr(args, name):
+            flag = f"--{name.replace('_', '-')}"
+            stop(f"--evaluate takes no {name}: leave it out" if args.evaluate else
+                 f"{flag} goes with --evaluate")
     if args.jsonl:
         try:
             if args.jsonl.is_file() and not args.resume:
@@ -81,7 +103,6 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
             args.jsonl.unlink()
     if args.json and args.jsonl:
         stop("--json and --jsonl: leave one out")
-    refuse_empty(args, "adapter", "model")
     if args.top_p > 1:
         stop(f"--top-p {args.top_p} is not at most 1")
     if args.top_p < 1 and args.samples == 1 and not args.temperature:
@@ -182,7 +203,7 @@ def answered(args, questions: list[str]) -> int:
     return len(whole)
 
 
-# ---- Engines: each gives generate(texts, adapter=True, streamer=None) -> [Completion] ------------
+# ---- Engines: each gives generate(texts, adapter=True, streamer=None, seed=None) -> [Completion] -
 def choose_engine(wanted: str, gpu: bool, packages: set[str], many: bool, lora: bool = True):
     """(engine, why), from what training would choose here; what was named is never swapped."""
     if wanted in INSTALL and not {"vllm", wanted} <= packages:
@@ -209,10 +230,12 @@ def with_transformers(args, base, tokenizer, dtype: str, room: int):
     model = script.load_saved(how, base, base.adapter)
     bare = script.load_saved(how, base, None) if args.compare else None
 
-    def generate(texts, adapter=True, streamer=None):
+    def generate(texts, adapter=True, streamer=None, seed=None):
+        if seed is not None:
+            script.torch.manual_seed(seed)
         return script.complete(model if adapter else bare, tokenizer, texts, max_tokens=args.room,
-                               temperature=args.temperature, top_p=args.top_p, batch_size=32,
-                               streamer=streamer)
+                               temperature=args.temperature, top_p=args.top_p,
+                               batch_size=len(texts) if args.evaluate else 32, streamer=streamer)
 
     return generate
 
@@ -264,9 +287,29 @@ def engine_of(args, tokenizer, generate, lora):
     """What answers through vLLM's `generate`; `lora()` is its request for the adapter, if any."""
     from vllm import SamplingParams
 
-    return lambda texts, adapter=True, streamer=None: complete_with_vllm(
+    return lambda texts, adapter=True, streamer=None, seed=None: complete_with_vllm(
         generate, SamplingParams, tokenizer, texts, args.room, args.temperature, args.top_p,
-        args.seed, lora() if adapter else None)
+        args.seed if seed is None else seed, lora() if adapter else None)
+
+
+def beyond_vllm(adapter: Path | None) -> str | None:
+    """What of an adapter vLLM would refuse, or leave out in silence; None where it is a plain LoRA
+    of matrices in the layers."""
+    if adapter is None or not (adapter / "adapter_model.safetensors").is_file():
+        return None
+    from safetensors import safe_open
+
+    record = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    for name in ("use_dora", "alpha_pattern", "modules_to_save", "trainable_token_indices",
+                 "layer_replication"):
+        if record.get(name):
+            return name
+    if record.get("init_lora_weights", True) not in (True, False, None, "gaussian"):
+        return f"init_lora_weights {record['init_lora_weights']}"
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
+        names = list(tensors.keys())
+    plain = re.compile(r".*\.\d+\..*\.lora_[AB]\.weight")
+    return next((name for name in names if not plain.fullmatch(name)), None)
 
 
 ENGINES = {"transformers": with_transformers, "vllm": with_vllm, "unsloth": with_unsloth}
@@ -280,6 +323,12 @@ def load_engine(args, base, tokenizer, dtype: str, room: int, many: bool):
     packages = {name for name in INSTALL if importlib.util.find_spec(name)}
     wanted = "transformers" if args.chat else args.engine
     name, why = choose_engine(wanted, gpu, packages, many, base.adapter is not None)
+    odd = beyond_vllm(base.adapter) if name != "transformers" else None
+    if odd and args.engine != "auto":
+        stop(f"--engine {name} can't answer from this adapter ({odd}): take transformers")
+    if odd:
+        name, why = "transformers", f"vLLM takes no adapter with {odd}"
+    args.answered_by = name
     if name == "unsloth" and dtype == "float32" and not args.dtype:  # trained on a CPU
         dtype = "bfloat16"
     if dtype != "float16" and gpu and torch.cuda.get_device_capability()[0] < 8:
@@ -299,6 +348,7 @@ def load_engine(args, base, tokenizer, dtype: str, room: int, many: bool):
         if name == "transformers" or args.engine != "auto" or not training_script():
             stop(f"{reason}; --engine transformers runs everywhere")
         print(f"{reason}; transformers instead", file=sys.stderr, flush=True)
+        args.answered_by = "transformers"
         return with_transformers(args, base, tokenizer, dtype, room)
 
 
@@ -456,8 +506,83 @@ def chat(args, generate, tokenizer, run: dict, fmt: str, limit: int | None) -> N
             console.print(Text(answer_line(row), style="bold"))
 
 
+# ---- Evaluating ----------------------------------------------------------------------------------
+def evaluate(args) -> None:
+    """Grade answers to held-out questions, in chunks that a break does not lose, for report.py."""
+    from rich.console import Console
+    from rich.progress import track
+
+    script = training_script("--evaluate")
+    base, tokenizer, dtype = open_saved(args)
+    made = base.run.get("options") or {}
+    options = script.build_parser().parse_args([])  # the defaults, but for what its run recorded
+    vars(options).update(made, typed={"dataset"}, resume=False)
+    rows = held_out_rows(script, args, options, base, tokenizer)
+    args.room = args.max_tokens or base.run.get("max_completion_length", 512)
+    if args.samples > 1 and args.typed_temperature is None:
+        args.temperature = made.get("temperature", 1.0)  # as GRPO's rollouts
+    # The longest first, in batches of that order: as in training, so the texts are the same.
+    rows = sorted(rows, key=lambda row: -row["tokens"])
+    record = {"adapter": str(base.adapter or ""), "base_model": base.name, "dtype": dtype,
+              "samples": args.samples, "temperature": args.temperature, "top_p": args.top_p,
+              "seed": args.seed, "max_completion_length": args.room, "questions": len(rows)}
+    place, done = start_evaluation(script, args, base, record)
+    generate = load_engine(args, base, tokenizer, dtype, rows[0]["tokens"] + args.room, many=True)
+    script.write_whole(place / "args.json", record | {"engine": args.answered_by})
+    chunk = max(1, script.EVALUATION_BATCH // args.samples)
+    starts = range(len(done), len(rows), chunk)
+    for start in track(starts, "evaluating", console=Console(stderr=True)):
+        part = rows[start : start + chunk]
+        texts = [row["text"] for row in part for _ in range(args.samples)]
+        completions = iter(generate(texts, seed=args.seed + start * args.samples))
+        for row in part:
+            mine = [next(completions) for _ in range(args.samples)]
+            done.append(script.grade(row, mine, options.format))
+        script.write_whole(place / "evaluation.jsonl", done)
+    script.show_report(place, {"": "strict"})
+
+
+def held_out_rows(script, args, options, base, tokenizer) -> list[dict]:
+    """The questions with their prompts: of --dataset, those that the adapter's run asked, or those
+    that its record leads to."""
+    asked = base.adapter and script.read_jsonl(base.adapter.parent / "evaluation_before.jsonl")
+    if args.dataset:
+        options.dataset, options.dataset_config = script.existing_path(args.dataset), None
+        source, train, test = script.find_rows(options)
+        rows = script.to_questions(test or train, args.question_column or ["question"],
+                                   args.answer_column or "answer", source)
+    elif asked:
+        rows = [{"question": row["question"], "answer": row["gold"]} for row in asked]
+    else:
+        _, _, rows = script.load_questions(options)
+    rows = rows[: args.eval_questions]
+    if not rows:
+        stop("there are no questions to evaluate on: name a file with --dataset")
+    return script.add_prompts(rows, base.run.get("shots", []), options, tokenizer, "held-out")
+
+
+def start_evaluation(script, args, base, record: dict) -> tuple[Path, list[dict]]:
+    """(its directory, the rows that a broken one left there)."""
+    name = base.adapter.parent.name if base.adapter else Path(base.name).name
+    place = args.output_dir or Path("outputs/evaluations") / (name or "model")
+    if not args.resume:
+        place = script.free_directory(place)
+    elif (place / "args.json").is_file():
+        before = script.read_record(place / "args.json")
+        before.pop("engine", None)
+        if before != record:
+            stop(f"{place} was asked otherwise: name another --output-dir, or leave out --resume")
+    with script.one_line(f"--output-dir {place} can't be written"):
+        place.mkdir(parents=True, exist_ok=True)
+        script.write_whole(place / "args.json", record)
+    return place, script.read_jsonl(place / "evaluation.jsonl")
+
+
 def main(argv: list[str] | None = None) -> None:
+    take_any_terminal()
     args = parse_options(argv)
+    if args.evaluate:
+        return evaluate(args)
     questions = [] if args.chat else read_questions(args)
     done = answered(args, questions)
     if questions and done == len(questions):
@@ -493,7 +618,7 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     try:
-        if "ipykernel" not in sys.modules:  # a cell says main(["..."]) itself
+        if not in_a_cell(globals().get("__file__")):  # a cell says main(["..."]) itself
             main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None

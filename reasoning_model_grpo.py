@@ -46,8 +46,8 @@ from typing import NamedTuple
 
 from rewards import (
     FORMATS, REWARD_FUNCS, Completion, OneLineParser, adapter_naming, answer_fault, build_prompt,
-    choose_backend, command_line, complete_with_vllm, completion_text, did_you_mean, existing_path,
-    extract_hash_answer, file_path, fold_system, format_fault, is_correct, max_lora_rank,
+    choose_backend, complete_with_vllm, completion_text, did_you_mean, existing_path,
+    extract_hash_answer, file_path, fold_system, format_fault, in_a_cell, is_correct, max_lora_rank,
     message_text, number, parse_gold, printable, quiet, refuses_system, render_prompts, stop,
     take_any_terminal, vote,
 )
@@ -222,7 +222,7 @@ def parse_options(argv: list[str] | None, rewards: list[str] | None = None) -> a
     `rewards`: the labels of functions given from Python, instead of --reward-funcs.
     """
     if argv is None:
-        argv = command_line(globals().get("__file__"))
+        argv = [] if in_a_cell(globals().get("__file__")) else sys.argv[1:]
     parser = build_parser()
     given = parser.parse_args(argv)  # --help ends here, before torch is imported
     if given.config:
@@ -1926,20 +1926,25 @@ def show_prompt(run: Run) -> None:
 
 
 def finish(run: Run, saved: Path) -> None:
-    """Have report.py show what came of it, and say what to type next."""
-    if importlib.util.find_spec("report"):
-        importlib.import_module("report").show(run.dir)
-    else:
-        for stage, label in STAGES.items():
-            if rows := read_jsonl(run.dir / f"evaluation_{stage}.jsonl"):
-                right = sum(row["strict"] for row in rows)
-                print(f"{label}: {right} of {len(rows)} right in the format")
-        print("report.py beside this script draws a picture of it and compares runs")
+    """Show what came of it, and say what to type next."""
+    show_report(run.dir, STAGES)
     print(f"\n{(time.time() - run.begun) / 60:.1f} minutes, peak memory {peak_memory_gb():.1f} GB. "
           f"In {run.dir}: {', '.join(sorted(path.name for path in run.dir.glob('[!.]*')))}")
     flag = "--model" if run.args.full_finetune else "--adapter"
     row = (run.test or run.train)[0]
     print("ask it:    ", command("infer.py", flag, str(saved), printable(row["question"])))
+
+
+def show_report(place: Path, stages: dict[str, str]) -> None:
+    """Have report.py show what lies in a directory; without it a line for each stage."""
+    if importlib.util.find_spec("report"):
+        return importlib.import_module("report").show(place)
+    for stage, label in stages.items():
+        rows = read_jsonl(place / f"evaluation{'_' * bool(stage)}{stage}.jsonl")
+        if rows:
+            right = sum(row["strict"] for row in rows)
+            print(f"{label}: {right} of {len(rows)} right in the format")
+    print("report.py beside this script would show tables and a picture of it")
 
 
 def command(script: str, *words: str) -> str:

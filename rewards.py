@@ -496,11 +496,11 @@ def existing_path(text: str) -> str:
     return f"{Path(file).resolve()}:{function}" if colon and Path(file).is_file() else text
 
 
-def command_line(file: str | None) -> list[str]:
-    """What was typed behind the name of the script `file`; nothing in a notebook's cell, where
-    sys.argv is the kernel's, but for %run and Spyder's runfile, which set it."""
+def in_a_cell(file: str | None) -> bool:
+    """Whether the script `file` runs in a notebook's cell, where sys.argv is the kernel's; not with
+    %run or Spyder's runfile, which set it."""
     own = file is not None and Path(sys.argv[0]).name == Path(file).name
-    return sys.argv[1:] if own or "ipykernel" not in sys.modules else []
+    return "ipykernel" in sys.modules and not own
 
 
 def take_any_terminal() -> None:
