@@ -200,7 +200,7 @@ def percent(rate: dict | None, between: str = " ") -> str:
     return f"{100 * rate['rate']:.1f} %{between}({low:.1f}–{high:.1f})"
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]], **how) -> None:
+def print_table(title: str, columns: list, rows: list[list[str]], **how) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -258,23 +258,37 @@ def columns_of(runs: list[Run]) -> list[str]:
 
 
 def print_runs(runs: list[Run]) -> None:
-    """Several runs: a row a run, a column a stage; then the options in which they differ."""
+    """Several runs: a row a run, a column a stage."""
+    from rich.table import Column
+
     stages, rows = columns_of(runs), []
     for run in runs:
-        summaries = {stage: summarise(answers) for stage, answers in run.stages.items()}
-        strict = [summaries[stage]["strict"] if stage in summaries else None for stage in stages]
-        row = [run.name, str(len(run.steps)), *(percent(rate, "\n") for rate in strict)]
-        if summaries:
-            last = list(summaries.values())[-1]
-            row += [percent(last["format"], "\n"), f"{last['mean_tokens']:.0f}", str(last["n"])]
-        rows.append(row)
-    print_table("strict accuracy, with 95 % intervals; format, tokens, n: of the last evaluation",
-                ["run", "GRPO steps", *stages, "format", "tokens", "n"], rows, show_lines=True)
+        name, cells = run.name, []
+        if run.steps:
+            name += f"\n{len(run.steps)} steps"
+        for stage in stages:
+            answers = run.stages.get(stage)
+            cells.append(percent(summarise(answers)["strict"], "\n") if answers else "–")
+        if run.stages:
+            last = summarise(list(run.stages.values())[-1])
+            rate = f"{100 * last['format']['rate']:.1f} %"
+            cells += [str(last["n"]), rate, f"{last['mean_tokens']:.0f}"]
+        rows.append([f"{name}\n", *cells])
+    heads = [name.replace(" ", "\n", 1) for name in (*stages, "n", "format", "tokens")]
+    columns = [Column("run", overflow="fold"), *(Column(head, no_wrap=True) for head in heads)]
+    print_table("strict accuracy, 95 % intervals; n, format, tokens: of the last evaluation",
+                columns, rows, box=None, pad_edge=False)
+
+
+def print_differences(runs: list[Run]) -> None:
+    """The options that all runs have recorded and that are not the same in all."""
     known = [(run.record.get("options") or {}) | run.record for run in runs]
     for name in known[0]:
-        values = [options.get(name) for options in known]
-        if name not in ("options", "typed", "versions") and any(v != values[0] for v in values):
-            print(printable(f"{name}: {' | '.join(str(value)[:40] for value in values)}"))
+        if name in ("options", "typed", "versions") or not all(name in one for one in known):
+            continue
+        values = [str(one[name]) for one in known]
+        if len(set(values)) > 1:
+            print(printable(f"{name}: {' | '.join(value[:40] for value in values)}"))
 
 
 def compare(runs: list[Run]) -> list[dict]:
@@ -283,22 +297,21 @@ def compare(runs: list[Run]) -> list[dict]:
     for one, other in itertools.combinations([run for run in runs if run.stages], 2):
         stages = [list(run.stages)[-1] for run in (one, other)]
         before, after = shared(one.stages[stages[0]], other.stages[stages[1]])
-        result = verdict(before, after) if before else {}
-        found.append({"runs": [one.name, other.name], "stages": stages, "shared": len(before)}
-                     | result)
+        result = {"runs": [one.name, other.name], "stages": stages, "shared": len(before)}
+        found.append(result | verdict(before, after) if before else result)
     return found
 
 
 def print_comparisons(comparisons: list[dict]) -> None:
     for found in comparisons:
-        one, other = (f"{run} ({stage})" for run, stage in zip(found["runs"], found["stages"]))
-        words = "they share no question, so neither is called better"
-        if found["shared"]:
-            words = f"{found['words']} shared questions"
-        print(f"{one} → {other}: {words}")
+        (one, other), (old, new) = found["runs"], found["stages"]
+        words = f"{found['words']} shared" if found["shared"] else "they share no question"
+        who = f"{one} → {other}, {new}" if old == new else f"{one} ({old}) → {other} ({new})"
+        print(f"{who}: {words}")
     tests = sum("p" in found for found in comparisons)
     if tests > 1:
-        print(f"of {tests} tests some look significant by chance: ask for p < {0.05 / tests:.2g}")
+        print(f"of {tests} tests some may look significant by chance: ask for p < "
+              f"{0.05 / tests:.2g} (Bonferroni)")
 
 
 # ---- Pictures and the page -----------------------------------------------------------------------
@@ -329,12 +342,13 @@ def draw_run(run: Run, path: Path) -> None:
         names = [f"{name[8:-5].removesuffix('_reward_func')} (of {most[name]:.2g})"
                  for name in means]
         first, last = first_and_last(run, "reward") or (math.nan, math.nan)
+        shares = (100 * means / most).set_axis(names, axis=1)
         panels.append((f"Reward {first:.2f} → {last:.2f} (first and last 3 steps)",
-                       "mean, as a share of its highest", (means / most).set_axis(names, axis=1)))
+                       "mean of a step's answers, % of its highest", shares))
         first, last = first_and_last(run, "completions/mean_length") or (math.nan, math.nan)
         panels.append((f"Answers of {first:.0f} → {last:.0f} tokens", "mean tokens",
                        log.filter(["tokens"])))
-        panels.append(("Answers cut off at the limit", "%", log[["cut off"]]))
+        panels.append(("Answers cut off at the limit", "% of a step's answers", log[["cut off"]]))
     summaries = {stage: summarise(rows) for stage, rows in run.stages.items()}
     rates = {METRICS[metric]: [summary.get(metric) for summary in summaries.values()]
              for metric in ("strict", "flexible", "format")}
@@ -349,8 +363,8 @@ def draw_runs(runs: list[Run], path: Path) -> None:
     logs = {str(i): steps_of(run) for i, run in enumerate(runs) if run.steps}
     panels = []
     for title, unit, pattern in (
-        ("Reward", "mean of a step", "^reward$"),
-        ("Reward for right answers", "mean of a step", "^rewards/.*correct.*/mean$"),
+        ("Reward", "mean of a step's answers", "^reward$"),
+        ("Reward for right answers", "mean of a step's answers", "^rewards/.*correct.*/mean$"),
         ("Length of an answer", "mean tokens", "^tokens$"),
     ):
         curves = {i: log.filter(regex=pattern).iloc[:, :1].squeeze(axis=1)
@@ -382,16 +396,17 @@ def draw(path: Path, panels: list[tuple], title: str, rates: dict[str, list], st
     figure, grid = plt.subplots(math.ceil(count / columns), columns, squeeze=False,
                                 figsize=(6.4 * columns, 4.4 * math.ceil(count / columns)),
                                 layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.15)
     cycle = matplotlib.cycler(linestyle=["-", "--", ":"]) * matplotlib.cycler(color=COLOURS)
     for axes, (heading, unit, curves) in zip(grid.flat, panels):
         axes.set_prop_cycle(cycle)
         axes.plot(curves.index, curves, marker=".", alpha=0.25, linewidth=1)
         axes.set_prop_cycle(cycle)
-        smooth = curves.rolling(5, center=True, min_periods=1).mean()
+        smooth = curves.rolling(5, center=True, min_periods=1).mean().where(curves.notna())
         axes.plot(curves.index, smooth, linewidth=2, label=[label(name) for name in curves])
         axes.set(title=heading, ylabel=unit, xlabel="GRPO step (thick: mean of five)")
-        if unit in ("mean tokens", "%"):
-            axes.set_ylim(0, 100 if unit == "%" else None)
+        if not unit.startswith("mean of"):
+            axes.set_ylim(0, 105 if unit.startswith("%") else None)
         if not names and len(curves.columns) > 1:
             axes.legend()
     if stages:
@@ -401,6 +416,7 @@ def draw(path: Path, panels: list[tuple], title: str, rates: dict[str, list], st
     for axes in grid.flat:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, axis="y")
+        axes.set_axisbelow(True)
     if names:
         colours = [style["color"] for style, _ in zip(cycle, names)]
         patches = [matplotlib.patches.Patch(color=colour) for colour in colours]
@@ -415,20 +431,18 @@ def draw(path: Path, panels: list[tuple], title: str, rates: dict[str, list], st
 
 def draw_bars(axes, title: str, rates: dict[str, list[dict | None]], stages: list[str]) -> None:
     """Bars with 95 % intervals: a group a stage, in it one of each series of `rates`."""
-    import pandas
-
-    none = dict.fromkeys(("rate", "low", "high"), math.nan)
-    series = {name: pandas.DataFrame([rate or none for rate in column]).mul(100)
-              for name, column in rates.items()}
-    heights = pandas.DataFrame({name: one.rate.values for name, one in series.items()},
-                               [label(stage) for stage in stages])
-    errors = [[one.rate - one.low, one.high - one.rate] for one in series.values()]
-    heights.plot.bar(ax=axes, yerr=errors, color=COLOURS, width=0.8, capsize=3, rot=0,
-                     legend=False, title=title)
-    for bars in axes.containers:
-        if hasattr(bars, "patches"):  # the others are the intervals
-            axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
-    axes.set(ylim=(0, 108), yticks=range(0, 101, 20), ylabel="%, with 95 % intervals")
+    width = 0.8 / len(rates)
+    for i, (name, column) in enumerate(rates.items()):
+        middle = (i - (len(rates) - 1) / 2) * width
+        there = {group + middle: rate for group, rate in enumerate(column) if rate}
+        heights = [100 * rate["rate"] for rate in there.values()]
+        errors = [[100 * (rate["rate"] - rate["low"]) for rate in there.values()],
+                  [100 * (rate["high"] - rate["rate"]) for rate in there.values()]]
+        bars = axes.bar(list(there), heights, width, yerr=errors, capsize=3, label=label(name),
+                        color=COLOURS[i % len(COLOURS)])
+        axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
+    axes.set_xticks(range(len(stages)), [label(stage) for stage in stages])
+    axes.set(title=title, ylim=(0, 108), yticks=range(0, 101, 20), ylabel="%, with 95 % intervals")
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -505,6 +519,7 @@ def show_runs(runs: list[Run], path: Path) -> Path:
                   for stage, rows in run.stages.items()}
         named.append(run._replace(stages=stages))
     print_runs(named)
+    print_differences(named)
     print_comparisons(compare(named))
     wanted, number = path.stem, 2
     while path.exists():  # nothing saved is overwritten
