@@ -27,6 +27,7 @@ METRICS = {"strict": "strict accuracy", "flexible": "flexible accuracy", "format
 COLUMNS = {"question": str, "gold": (str, int, float), "completion": str, "tokens": int,
            "strict": int, "flexible": int, "format": int, "truncated": int}  # of every row
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999"]
+LENGTH, CLIPPED = "completions/mean_length", "completions/clipped_ratio"  # TRL's names
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
@@ -160,22 +161,28 @@ def read_answers(path: Path) -> list[dict]:
     return rows
 
 
+def has_rows(directory: Path) -> bool:
+    return any(directory.glob("metrics.jsonl")) or any(directory.glob("evaluation*.jsonl"))
+
+
 def load(directory: Path, name: str) -> Run:
     """All that the tables and pictures need of a run, however far it came."""
-    record, metrics = directory / "args.json", directory / "metrics.jsonl"
-    if not (record.is_file() or metrics.is_file() or any(directory.glob("evaluation*.jsonl"))):
-        runs = [str(file.parent) for place in (directory, directory.parent)
-                for file in sorted(place.glob("*/args.json"))]
-        stop(f"{directory} is no run: it has no args.json, metrics.jsonl or evaluation rows; "
-             f"type {' or '.join(runs[:3]) or 'the directory that a training named as its output'}")
-    record = parse(record.read_bytes()) if record.is_file() else {}
+    path, parent = directory / "args.json", directory.parent
+    if not has_rows(directory) and (has_rows(parent) or not path.is_file()):
+        near = [str(place) for place in (parent, *directory.glob("*/"), *parent.glob("*/"))
+                if has_rows(place)]
+        hint = " or ".join(near[:3]) or "the directory that a training named as its output"
+        stop(f"{directory} is no run: it has no args.json, metrics.jsonl or evaluation rows of its "
+             f"own; type {hint}")
+    record = parse(path.read_bytes()) if path.is_file() else {}
     if record is None:
-        stop(f"{directory / 'args.json'} is damaged: it is no JSON object; move it away")
+        stop(f"{path} is damaged: it is no JSON object; move it away")
     stages = {label: read_answers(directory / f"evaluation_{stage}.jsonl")
               for stage, label in STAGES.items()}
     measured = printable(record.get("adapter") or record.get("base_model") or name)
     stages[measured] = read_answers(directory / "evaluation.jsonl")
-    steps = [row for row in read_jsonl(metrics) if "reward" in row and "step" in row]
+    steps = [row for row in read_jsonl(directory / "metrics.jsonl")
+             if "reward" in row and isinstance(row.get("step"), int)]
     return Run(directory, name, record, steps,
                {label: rows for label, rows in stages.items() if rows})
 
@@ -210,13 +217,6 @@ def print_table(title: str, columns: list, rows: list[list[str]], **how) -> None
     Console(markup=False, emoji=False, highlight=False).print(table)  # a name is no markup
 
 
-def first_and_last(run: Run, metric: str) -> list[float] | None:
-    """The means of a metric in the first and in the last three steps that have it."""
-    values = [row[metric] for row in run.steps if isinstance(row.get(metric), (int, float))]
-    values = [value for value in values if math.isfinite(value)]
-    return [sum(some) / len(some) for some in (values[:3], values[-3:])] if values else None
-
-
 def figures(run: Run) -> dict:
     """evaluation.json: each stage's summary, and the verdicts from one to the next and over all."""
     names, changes = list(run.stages), {}
@@ -241,10 +241,10 @@ def print_run(run: Run, found: dict) -> None:
     print_table(f"{n} held-out questions, 95 % intervals", ["", *found["stages"]], rows)
     for stages, change in found["changes"].items():
         print(f"{stages}: {change['words']}")
-    before, after = shared(*(list(run.stages.values())[i] for i in (0, -1)))
-    if found["changes"] and before:
-        best = max(range(len(before)), key=lambda i: after[i]["strict"] - before[i]["strict"])
-        old, new = before[best], after[best]
+    answers = list(run.stages.values())
+    pairs = list(zip(*shared(answers[0], answers[-1])))
+    if len(answers) > 1 and pairs:
+        old, new = max(pairs, key=lambda both: both[1]["strict"] - both[0]["strict"])
         print(f"\nquestion: {printable(old['question'])} (gold: {printable(old['gold'])})")
         for name, row in (("before", old), ("after", new)):
             mark = "right" if row["strict"] else "wrong"
@@ -295,19 +295,21 @@ def compare(runs: list[Run]) -> list[dict]:
     """For each two runs McNemar between their last stages, on the questions that both answered."""
     found = []
     for one, other in itertools.combinations([run for run in runs if run.stages], 2):
-        stages = [list(run.stages)[-1] for run in (one, other)]
-        before, after = shared(one.stages[stages[0]], other.stages[stages[1]])
-        result = {"runs": [one.name, other.name], "stages": stages, "shared": len(before)}
-        found.append(result | verdict(before, after) if before else result)
+        old, new = list(one.stages)[-1], list(other.stages)[-1]
+        before, after = shared(one.stages[old], other.stages[new])
+        result = {"runs": [one.name, other.name], "stages": [old, new], "shared": len(before),
+                  "words": "they share no question, so nothing tells which is better"}
+        if before:
+            result |= verdict(before, after)
+        found.append(result)
     return found
 
 
 def print_comparisons(comparisons: list[dict]) -> None:
     for found in comparisons:
         (one, other), (old, new) = found["runs"], found["stages"]
-        words = f"{found['words']} shared" if found["shared"] else "they share no question"
         who = f"{one} → {other}, {new}" if old == new else f"{one} ({old}) → {other} ({new})"
-        print(f"{who}: {words}")
+        print(f"{who}: {found['words']}{' shared questions' if found['shared'] else ''}")
     tests = sum("p" in found for found in comparisons)
     if tests > 1:
         print(f"of {tests} tests some may look significant by chance: ask for p < "
@@ -323,12 +325,11 @@ def label(text: str) -> str:
 
 
 def steps_of(run: Run):
-    """Its metrics, a row a step, as numbers."""
+    """Its metrics as a table of numbers, a row a step."""
     import pandas
 
-    log = pandas.DataFrame(run.steps).set_index("step").apply(pandas.to_numeric, errors="coerce")
-    log = log.rename(columns={"completions/mean_length": "tokens"})
-    log["cut off"] = 100 * log.get("completions/clipped_ratio", math.nan)
+    log = pandas.DataFrame(run.steps or {"step": []}).set_index("step")
+    log = log.apply(pandas.to_numeric, errors="coerce")
     return log[~log.index.duplicated(keep="last")]
 
 
@@ -336,48 +337,49 @@ def draw_run(run: Run, path: Path) -> None:
     """progress.png: rewards, lengths and evaluations at a glance."""
     panels = []
     if run.steps:
-        log = steps_of(run)
-        means = log.filter(regex="^rewards/.*/mean$").dropna(axis=1, how="all")
-        most = means.abs().max().replace(0, 1)
-        names = [f"{name[8:-5].removesuffix('_reward_func')} (of {most[name]:.2g})"
-                 for name in means]
-        first, last = first_and_last(run, "reward") or (math.nan, math.nan)
-        shares = (100 * means / most).set_axis(names, axis=1)
-        panels.append((f"Reward {first:.2f} → {last:.2f} (first and last 3 steps)",
-                       "mean of a step's answers, % of its highest", shares))
-        first, last = first_and_last(run, "completions/mean_length") or (math.nan, math.nan)
-        panels.append((f"Answers of {first:.0f} → {last:.0f} tokens", "mean tokens",
-                       log.filter(["tokens"])))
-        panels.append(("Answers cut off at the limit", "% of a step's answers", log[["cut off"]]))
-    summaries = {stage: summarise(rows) for stage, rows in run.stages.items()}
-    rates = {METRICS[metric]: [summary.get(metric) for summary in summaries.values()]
+        log = steps_of(run).reindex(columns=dict.fromkeys([*run.steps[0], LENGTH, CLIPPED]))
+        first, last = log.head(3).mean(), log.tail(3).mean()
+        parts = log.filter(regex="^rewards/.*/mean$").dropna(axis=1, how="all")
+        parts = log[["reward"]] if parts.empty else parts
+        most = parts.abs().max().replace(0, 1)
+        names = [name.removeprefix("rewards/").removesuffix("/mean").removesuffix("_reward_func")
+                 for name in parts]
+        names = [f"{name} (of {highest:.2g})" for name, highest in zip(names, most)]
+        panels = [
+            (f"Reward {first['reward']:.2f} → {last['reward']:.2f} (first and last 3 steps)",
+             "mean of a step's answers, % of its highest",
+             (100 * parts / most).set_axis(names, axis=1)),
+            (f"Answers of {first[LENGTH]:.0f} → {last[LENGTH]:.0f} tokens", "mean tokens",
+             log[[LENGTH]]),
+            ("Answers cut off at the limit", "% of a step's answers", 100 * log[[CLIPPED]]),
+        ]
+    summaries = [summarise(rows) for rows in run.stages.values()]
+    rates = {METRICS[metric]: [summary[metric] for summary in summaries]
              for metric in ("strict", "flexible", "format")}
-    right = " → ".join(f"{100 * summary['strict']['rate']:.0f}" for summary in summaries.values())
-    draw(path, panels, f"Strictly right: {right} % of the held-out questions", rates, [*summaries])
+    right = " → ".join(f"{100 * summary['strict']['rate']:.0f}" for summary in summaries)
+    draw(path, panels, f"Strictly right: {right} % of the held-out questions", rates,
+         list(run.stages))
 
 
 def draw_runs(runs: list[Run], path: Path) -> None:
     """The curves and the bars of several runs, a colour each."""
     import pandas
 
-    logs = {str(i): steps_of(run) for i, run in enumerate(runs) if run.steps}
-    panels = []
+    logs, panels = [steps_of(run) for run in runs], []
     for title, unit, pattern in (
         ("Reward", "mean of a step's answers", "^reward$"),
         ("Reward for right answers", "mean of a step's answers", "^rewards/.*correct.*/mean$"),
-        ("Length of an answer", "mean tokens", "^tokens$"),
+        ("Length of an answer", "mean tokens", f"^{LENGTH}$"),
     ):
-        curves = {i: log.filter(regex=pattern).iloc[:, :1].squeeze(axis=1)
-                  for i, log in logs.items() if not log.filter(regex=pattern).empty}
-        if curves:
-            curves = pandas.concat(curves, axis=1).sort_index()
-            panels.append((title, unit, curves.reindex(columns=map(str, range(len(runs))))))
+        curves = pandas.DataFrame({i: log.filter(regex=pattern).sum(axis=1, min_count=1)
+                                   for i, log in enumerate(logs)})
+        if curves.notna().any(axis=None):
+            panels.append((title, unit, curves))
     stages, rates = columns_of(runs), {}
-    for i, run in enumerate(runs):
-        rows = [run.stages.get(stage) for stage in stages]
-        rates[str(i)] = [summarise(answers)["strict"] if answers else None for answers in rows]
-    draw(path, panels, "Strictly right of the held-out questions", rates, stages,
-         [run.name for run in runs])
+    for run in runs:
+        answers = [run.stages.get(stage) for stage in stages]
+        rates[run.name] = [summarise(rows)["strict"] if rows else None for rows in answers]
+    draw(path, panels, "Strictly right of the held-out questions", rates, stages, list(rates))
 
 
 def draw(path: Path, panels: list[tuple], title: str, rates: dict[str, list], stages: list[str],
@@ -455,9 +457,11 @@ border-bottom:1px solid #ccc} td:nth-child(2),td:nth-child(4){min-width:14em}</s
 
 def write_page(directory: Path) -> bool:
     """completions.html: what the model wrote at several steps, with its rewards."""
+    files = sorted((directory / "completions").glob("*.parquet"))
+    if not files:
+        return False
     import pandas
 
-    files = sorted((directory / "completions").glob("*.parquet"))
     if len(files) > 8:
         files = [files[i * (len(files) - 1) // 7] for i in range(8)]
     samples = []
@@ -469,12 +473,13 @@ def write_page(directory: Path) -> bool:
     if not samples:
         return False
     rows = pandas.concat(samples).drop(columns=["prompt", "advantage"], errors="ignore")
+    rows = rows.rename(columns=lambda name: name.removesuffix("_reward_func"))
     first = [name for name in ("step", "question", "answer", "completion") if name in rows]
     rows = rows[first + [name for name in rows if name not in first]]
-    texts = {name: str for name in rows if rows[name].dtype.kind not in "biuf"}  # newlines stay
-    with pandas.option_context("display.max_colwidth", None):  # to_html escapes what is no text
-        page = rows.rename(columns=lambda name: name.removesuffix("_reward_func")).to_html(
-            index=False, border=0, float_format="{:g}".format, formatters=texts)
+    # With a formatter newlines stay; what is in the cells and heads is escaped all the same.
+    texts = {name: str for name in rows if rows[name].dtype.kind not in "biuf"}
+    with pandas.option_context("display.max_colwidth", None):
+        page = rows.to_html(index=False, border=0, float_format="{:g}".format, formatters=texts)
     write_whole(directory / "completions.html", PAGE + page)
     return True
 
@@ -558,24 +563,27 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_options(argv)
-    runs = [load(path, name) for path, name in zip(args.runs, short_names(args.runs))]
     try:
-        if args.json:
-            found = [{"name": run.name, "directory": str(run.directory), "steps": len(run.steps),
-                      "reward": first_and_last(run, "reward")} | figures(run) for run in runs]
-            print(json.dumps({"runs": found, "comparisons": compare(runs)}, indent=2))
-        elif not any(run.steps or run.stages for run in runs):
-            print("no evaluation and no GRPO step there yet")
-        elif len(runs) == 1:
-            print(f"\nin {printable(runs[0].directory)}: {', '.join(show_run(runs[0]))}")
-        else:
-            beside = Path(os.path.abspath(args.runs[0])).parent / "comparison.png"
-            print(f"\npicture: {printable(show_runs(runs, args.output or beside))}")
+        show_all(parse_options(argv))
     except OSError as problem:
-        stop(f"{problem.filename or 'the output'} can't be written: {problem.strerror}")
+        stop(f"{problem.filename or 'the output'}: {problem.strerror}")
     except ModuleNotFoundError as problem:
         stop(f"{problem.name} is not installed: pip install -r requirements-cpu.txt")
+
+
+def show_all(args) -> None:
+    runs = [load(path, name) for path, name in zip(args.runs, short_names(args.runs))]
+    if args.json:
+        found = [{"name": run.name, "directory": str(run.directory), "steps": len(run.steps),
+                  **figures(run)} for run in runs]
+        print(json.dumps({"runs": found, "comparisons": compare(runs)}, indent=2))
+    elif not any(run.steps or run.stages for run in runs):
+        print("no evaluation and no GRPO step there yet")
+    elif len(runs) == 1:
+        print(f"\nin {printable(runs[0].directory)}: {', '.join(show_run(runs[0]))}")
+    else:
+        beside = Path(os.path.abspath(args.runs[0])).parent / "comparison.png"
+        print(f"\npicture: {printable(show_runs(runs, args.output or beside))}")
 
 
 if __name__ == "__main__":
