@@ -214,7 +214,11 @@ def print_table(title: str, columns: list, rows: list[list[str]], **how) -> None
     table = Table(*columns, title=title, **how)
     for row in rows:
         table.add_row(*row)
-    Console(markup=False, emoji=False, highlight=False).print(table)  # a name is no markup
+    console = Console(markup=False, emoji=False, highlight=False)  # a name is no markup
+    endless = console.options.update_width(10_000)
+    needed = console.measure(table, options=endless).minimum
+    console.width = max(console.width, needed)  # rather a long line than digits lost
+    console.print(table)
 
 
 def figures(run: Run) -> dict:
@@ -262,22 +266,24 @@ def print_runs(runs: list[Run]) -> None:
     from rich.table import Column
 
     stages, rows = columns_of(runs), []
+    voted = any("majority" in list(run.stages.values())[-1][0] for run in runs if run.stages)
     for run in runs:
-        name, cells = run.name, []
-        if run.steps:
-            name += f"\n{len(run.steps)} steps"
+        summaries = {stage: summarise(answers) for stage, answers in run.stages.items()}
+        row = [f"{run.name}\n{len(run.steps)} steps\n" if run.steps else f"{run.name}\n"]
         for stage in stages:
-            answers = run.stages.get(stage)
-            cells.append(percent(summarise(answers)["strict"], "\n") if answers else "–")
-        if run.stages:
-            last = summarise(list(run.stages.values())[-1])
+            row.append(percent(summaries[stage]["strict"], "\n") if stage in summaries else "–")
+        if summaries:
+            last = list(summaries.values())[-1]
+            if voted:
+                row.append(percent(last.get("majority"), "\n"))
             rate = f"{100 * last['format']['rate']:.1f} %"
-            cells += [str(last["n"]), rate, f"{last['mean_tokens']:.0f}"]
-        rows.append([f"{name}\n", *cells])
-    heads = [name.replace(" ", "\n", 1) for name in (*stages, "n", "format", "tokens")]
-    columns = [Column("run", overflow="fold"), *(Column(head, no_wrap=True) for head in heads)]
-    print_table("strict accuracy, 95 % intervals; n, format, tokens: of the last evaluation",
-                columns, rows, box=None, pad_edge=False)
+            row += [rate, f"{last['mean_tokens']:.0f}", str(last["n"])]
+        rows.append(row)
+    heads = [*stages, *["majority vote"] * voted, "format", "tokens", "n"]
+    columns = [Column(head.replace(" ", "\n", 1), no_wrap=True) for head in heads]
+    print_table("strict accuracy, 95 % intervals; format, tokens, n of the last evaluation",
+                [Column("run", overflow="fold", min_width=12), *columns], rows, box=None,
+                pad_edge=False)
 
 
 def print_differences(runs: list[Run]) -> None:
@@ -388,31 +394,29 @@ def draw(path: Path, panels: list[tuple], title: str, rates: dict[str, list], st
 
     `names`: what each colour stands for in all panels; else each panel has a legend of its own.
     """
-    import matplotlib
     import matplotlib.pyplot as plt
 
     if "ipykernel" not in sys.modules:
         plt.switch_backend("Agg")  # no window
     count = len(panels) + bool(stages)
     columns = 2 if count == 4 else count
-    figure, grid = plt.subplots(math.ceil(count / columns), columns, squeeze=False,
-                                figsize=(6.4 * columns, 4.4 * math.ceil(count / columns)),
+    rows = math.ceil(count / columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(6.4 * columns, 4.4 * rows), squeeze=False,
                                 layout="constrained")
     figure.get_layout_engine().set(h_pad=0.15)
-    cycle = matplotlib.cycler(linestyle=["-", "--", ":"]) * matplotlib.cycler(color=COLOURS)
+    styles = plt.cycler(linestyle=["-", "--", ":"]) * plt.cycler(color=COLOURS)
     for axes, (heading, unit, curves) in zip(grid.flat, panels):
-        axes.set_prop_cycle(cycle)
-        axes.plot(curves.index, curves, marker=".", alpha=0.25, linewidth=1)
-        axes.set_prop_cycle(cycle)
-        smooth = curves.rolling(5, center=True, min_periods=1).mean().where(curves.notna())
-        axes.plot(curves.index, smooth, linewidth=2, label=[label(name) for name in curves])
+        draw_curves(axes, curves, styles)
         axes.set(title=heading, ylabel=unit, xlabel="GRPO step (thick: mean of five)")
-        if not unit.startswith("mean of"):
-            axes.set_ylim(0, 105 if unit.startswith("%") else None)
+        if unit.startswith("% of"):
+            axes.set_ylim(0, 105)
+        elif unit == "mean tokens":
+            axes.set_ylim(0, None)
         if not names and len(curves.columns) > 1:
             axes.legend()
     if stages:
-        draw_bars(grid.flat[-1], title, rates, stages)
+        draw_bars(grid.flat[-1], rates, stages)
+        grid.flat[-1].set_title(title)
         if not names:
             grid.flat[-1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
     for axes in grid.flat:
@@ -420,9 +424,8 @@ def draw(path: Path, panels: list[tuple], title: str, rates: dict[str, list], st
         axes.grid(alpha=0.25, axis="y")
         axes.set_axisbelow(True)
     if names:
-        colours = [style["color"] for style, _ in zip(cycle, names)]
-        patches = [matplotlib.patches.Patch(color=colour) for colour in colours]
-        figure.legend(patches, map(label, names), loc="outside upper center", ncols=4)
+        lines = [plt.Line2D([], [], linewidth=5, **style) for _, style in zip(names, styles)]
+        figure.legend(lines, [label(name) for name in names], loc="outside upper center", ncols=4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a letter that the font lacks
         figure.savefig(path, dpi=110)
@@ -431,12 +434,25 @@ def draw(path: Path, panels: list[tuple], title: str, rates: dict[str, list], st
     plt.close(figure)
 
 
-def draw_bars(axes, title: str, rates: dict[str, list[dict | None]], stages: list[str]) -> None:
+def draw_curves(axes, curves, styles) -> None:
+    """Each curve pale as it is, and thick as the mean of five steps: single steps are noisy."""
+    axes.set_prop_cycle(styles)
+    axes.plot(curves.index, curves, marker=".", alpha=0.25, linewidth=1)
+    axes.set_prop_cycle(styles)
+    smooth = curves.rolling(5, center=True, min_periods=1).mean().where(curves.notna())
+    axes.plot(curves.index, smooth, linewidth=2, label=[label(name) for name in curves])
+
+
+def draw_bars(axes, rates: dict[str, list[dict | None]], stages: list[str]) -> None:
     """Bars with 95 % intervals: a group a stage, in it one of each series of `rates`."""
     width = 0.8 / len(rates)
+    present = [[name for name in rates if rates[name][group]] for group in range(len(stages))]
     for i, (name, column) in enumerate(rates.items()):
-        middle = (i - (len(rates) - 1) / 2) * width
-        there = {group + middle: rate for group, rate in enumerate(column) if rate}
+        there = {}
+        for group, rate in enumerate(column):
+            if rate:
+                left = present[group].index(name) - (len(present[group]) - 1) / 2
+                there[group + left * width] = rate
         heights = [100 * rate["rate"] for rate in there.values()]
         errors = [[100 * (rate["rate"] - rate["low"]) for rate in there.values()],
                   [100 * (rate["high"] - rate["rate"]) for rate in there.values()]]
@@ -444,7 +460,7 @@ def draw_bars(axes, title: str, rates: dict[str, list[dict | None]], stages: lis
                         color=COLOURS[i % len(COLOURS)])
         axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
     axes.set_xticks(range(len(stages)), [label(stage) for stage in stages])
-    axes.set(title=title, ylim=(0, 108), yticks=range(0, 101, 20), ylabel="%, with 95 % intervals")
+    axes.set(ylim=(0, 108), yticks=range(0, 101, 20), ylabel="%, with 95 % intervals")
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">

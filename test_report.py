@@ -260,10 +260,10 @@ def test_several_runs_are_one_table_one_picture_and_mcnemar(run, capsys):
     first_row, second_row = (next(i for i, line in enumerate(said.splitlines())
                                   if line.startswith(name)) for name in ("first ", "second "))
     rows = said.splitlines()
-    assert rows[first_row].split() == ["first", "0.0", "%", "30.0", "%", "90.0", "%", "10", "90.0",
-                                       "%", "14"]
-    assert rows[second_row].split() == ["second", "10.0", "%", "–", "10.0", "%", "10", "10.0", "%",
-                                        "14"]
+    assert rows[first_row].split() == ["first", "0.0", "%", "30.0", "%", "90.0", "%", "90.0", "%",
+                                       "14", "10"]
+    assert rows[second_row].split() == ["second", "10.0", "%", "–", "10.0", "%", "10.0", "%", "14",
+                                        "10"]
     assert "4 steps" in rows[first_row + 1] and "(59.6–98.2)" in rows[first_row + 1]
     assert "\nseed: 0 | 7\n" in said and "base_model:" not in said  # what differs
     assert ("first → second, after GRPO: strict accuracy fell by 80.0 points, McNemar p = 0.0078, "
@@ -280,7 +280,9 @@ def test_only_questions_that_both_answered_are_compared(run, capsys):
     assert re.search("first → b, after GRPO: no significant.*n = 4 shared questions", said)
     assert "first (after GRPO) → c (measured): they share no question" in said
     assert "Bonferroni" not in said  # one test
-    said = shown(capsys, run, other, make_run(run.parent / "d", after=answers("0000000")))
+    rows = answers("0000000", samples=["a", "b"], right=1, majority=1)
+    said = shown(capsys, run, other, make_run(run.parent / "d", measured=rows))
+    assert re.search("majority .*\n.* vote ", said) and "100.0 %" in said
     assert "of 3 tests some may look significant by chance: ask for p < 0.017" in said
 
 
