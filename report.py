@@ -323,7 +323,7 @@ def print_comparisons(comparisons: list[dict]) -> None:
 
 
 # ---- Pictures and the page -----------------------------------------------------------------------
-def label(text: str) -> str:
+def as_label(text: str) -> str:
     """A name as matplotlib shows it unchanged: $ would begin a formula, a leading _ hide it."""
     text = printable(text).replace("$", r"\$")
     text = text if len(text) <= 48 else f"{text[:20]}…{text[-27:]}"
@@ -425,7 +425,8 @@ def draw(path: Path, panels: list[tuple], title: str, rates: dict[str, list], st
         axes.set_axisbelow(True)
     if names:
         lines = [plt.Line2D([], [], linewidth=5, **style) for _, style in zip(names, styles)]
-        figure.legend(lines, [label(name) for name in names], loc="outside upper center", ncols=4)
+        labels = [as_label(name) for name in names]
+        figure.legend(lines, labels, loc="outside upper center", ncols=4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a letter that the font lacks
         figure.savefig(path, dpi=110)
@@ -440,7 +441,7 @@ def draw_curves(axes, curves, styles) -> None:
     axes.plot(curves.index, curves, marker=".", alpha=0.25, linewidth=1)
     axes.set_prop_cycle(styles)
     smooth = curves.rolling(5, center=True, min_periods=1).mean().where(curves.notna())
-    axes.plot(curves.index, smooth, linewidth=2, label=[label(name) for name in curves])
+    axes.plot(curves.index, smooth, linewidth=2, label=[as_label(name) for name in curves])
 
 
 def draw_bars(axes, rates: dict[str, list[dict | None]], stages: list[str]) -> None:
@@ -456,10 +457,10 @@ def draw_bars(axes, rates: dict[str, list[dict | None]], stages: list[str]) -> N
         heights = [100 * rate["rate"] for rate in there.values()]
         errors = [[100 * (rate["rate"] - rate["low"]) for rate in there.values()],
                   [100 * (rate["high"] - rate["rate"]) for rate in there.values()]]
-        bars = axes.bar(list(there), heights, width, yerr=errors, capsize=3, label=label(name),
+        bars = axes.bar(list(there), heights, width, yerr=errors, capsize=3, label=as_label(name),
                         color=COLOURS[i % len(COLOURS)])
         axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
-    axes.set_xticks(range(len(stages)), [label(stage) for stage in stages])
+    axes.set_xticks(range(len(stages)), [as_label(stage) for stage in stages])
     axes.set(ylim=(0, 108), yticks=range(0, 101, 20), ylabel="%, with 95 % intervals")
 
 

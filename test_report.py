@@ -336,9 +336,9 @@ def test_no_text_steers_the_terminal_or_the_picture(tmp_path, capsys):
 def test_names_in_the_picture_are_no_formulas_and_are_not_hidden():
     from matplotlib.mathtext import MathTextParser
 
-    assert report.label("_own").strip() == "_own" and not report.label("_own").startswith("_")
-    assert report.label("a$b$") == r"a\$b\$" and len(report.label("x" * 99)) == 48
-    MathTextParser("agg").parse(report.label("$\\frac{$"))  # raises where it is a formula
+    assert report.as_label("_own").strip() == "_own" and not report.as_label("_own").startswith("_")
+    assert report.as_label("a$b$") == r"a\$b\$" and len(report.as_label("x" * 99)) == 48
+    MathTextParser("agg").parse(report.as_label("$\\frac{$"))  # raises where it is a formula
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["first", "--json"]])
