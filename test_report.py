@@ -56,6 +56,12 @@ def wide(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For what is no test of the picture: drawing takes half a second."""
+    monkeypatch.setattr(report, "draw", lambda path, *_: path.write_text("picture"))
+
+
 def fails(capsys, *argv) -> str:
     """The one line on stderr in which the command ends."""
     with pytest.raises(SystemExit) as ended:
@@ -151,7 +157,7 @@ def test_what_was_measured_alone_is_called_by_what_was_measured(tmp_path, capsys
     assert not (tmp_path / "m/progress.png").exists()
 
 
-def test_completions_become_a_page_that_shows_text_as_text(run, capsys):
+def test_completions_become_a_page_that_shows_text_as_text(run, capsys, undrawn):
     (run / "completions").mkdir()
     for step in range(1, 13):
         table = pandas.DataFrame({
@@ -273,7 +279,7 @@ def test_several_runs_are_one_table_one_picture_and_mcnemar(run, capsys):
     assert "progress.png" not in files_of(run) | files_of(second)
 
 
-def test_only_questions_that_both_answered_are_compared(run, capsys):
+def test_only_questions_that_both_answered_are_compared(run, capsys, undrawn):
     other = make_run(run.parent / "b", after=answers("11111", first=6))
     apart = make_run(run.parent / "c", measured=answers("11", first=60))
     said = shown(capsys, run, other, apart)
@@ -293,7 +299,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path, capsys):
     assert [one["name"] for one in said["runs"]] == ["a/run", "b/run", "c/run", "own"]
 
 
-def test_nothing_saved_is_overwritten(run, capsys):
+def test_nothing_saved_is_overwritten(run, capsys, undrawn):
     other = make_run(run.parent / "b", after=answers("11111"))
     for name in ("comparison.png", "comparison-2.png", "mine.png"):
         (run.parent / name).write_text("kept")
