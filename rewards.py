@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import sys
+import unicodedata
 from collections import Counter
 from contextlib import contextmanager, redirect_stdout, suppress
 from decimal import Context, Decimal
@@ -157,35 +158,76 @@ def answer_block(text: str, fmt: str = "xml") -> str | None:
     return _between(after_thinking(text), *FORMATS[fmt].tags[2:])
 
 
-# LaTeX, Markdown and quotes around a number carry no value; nor does an inch mark.
-_MARKUP = [
-    ("\\boxed{", " "), ("\\text{", " "), ("\\mathrm{", " "), ("\\mathbf{", " "),
-    ("\\textbf{", " "), ("^\\circ", "°"), ("^{\\circ", "°"), ("\\;", " "),
-    ("\\$", "$"), ("\\%", "%"),
-    ("\\,", " "), ("\\!", " "), ("\\ ", " "), ("\\(", " "), ("\\)", " "), ("\\[", " "),
-    ("\\]", " "), ("}", " "), ("**", " "), ("`", " "), ('"', " "), ("“", " "), ("”", " "),
-    ("″", " "),
-]  # fmt: skip
-_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!])(?:\\!|\s)*+(?=[0-9])")
+# What is written otherwise than here and means the same: full-width forms, hyphens that are typed
+# for a minus. What can't be seen is left out, but for the invisible times, plus and comma.
+_SAME = {0xFF01 + i: 0x21 + i for i in range(94)} | dict.fromkeys([0x2010, 0x2011, 0x2212], "-")
+_SAME |= dict.fromkeys([0xAD, *range(0x200B, 0x200F), 0x2060, 0xFEFF])
+_DASH_AS_MINUS = re.compile(r"(?<!\w)[‒–](?=\S)")  # "–5", but neither "3–5" nor "– 5"
+_THOUSANDS = re.compile(
+    r"(?<=[0-9])(?:(?:\{,\}|,?\\[,!])(?:\\!|\s)*+|[\u2009\u202f'’])(?=[0-9])")
+_RUPEES = re.compile(r"\bRs\b\.?")
 _FULL_HOUR = re.compile(r"(?<=[0-9])(?::00)++(?![0-9:])")
-_CURRENCY = "$€£¥₹¢₱₩₽₺₦"
+
+
+def _plain(text: str) -> str:
+    """Look-alikes, thousands ("1{,}080", "1,\\!080", "1'080") and full hours written plainly."""
+    if len(text) > 10_000:  # what is so long is digits, or no number
+        return text
+    if not text.isascii():
+        text = _DASH_AS_MINUS.sub("-", text.translate(_SAME))
+    return _FULL_HOUR.sub("", _THOUSANDS.sub(",", _RUPEES.sub("₹", text)))
+
+
 # One run of digits; more than 100 characters on a side of it are prose, not a sign or a unit.
 _AROUND = re.compile(r"([^0-9.]{0,100}+)(\.?+[0-9][0-9.,]*+)([^0-9]{0,100}+)")
-_NUMBER = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)?+(?:\.[0-9]++)?+")
-_PREFIX = re.compile(rf"\s*+([-+]?+)[{_CURRENCY}]?+\s*+[{_CURRENCY}]?+([-+]?+)\s*+")
-_WORD = "[A-Za-zÀ-ÖØ-öø-ÿµμ]"
-_UNIT = re.compile(rf"(?:[\s.%°()'’{_CURRENCY}]|{_WORD}++[-,/&;:!²³]?+|/(?={_WORD}))*+")
+# In thousands, in India's groups ("1,08,000"), or in none.
+_NUMBER = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[1-9][0-9]?+(?:,[0-9]{2}(?=,))++,[0-9]{3}"
+                     r"|[0-9]++)?+(?:\.[0-9]++)?+")  # fmt: skip
+# LaTeX, Markdown and quotes around a number carry no value; nor does an inch mark.
+_MARKUP = re.compile(r"""\\(?:boxed|text|textbf|mathrm|mathbf)\{|\\[,;! ()\[\]]|~(?=\\?[A-Za-z])"""
+                     r"""|\*\*|[}`"“”″]""")  # fmt: skip
+_DEGREES = re.compile(r"\^\{?+\\circ")
+_SQUARED, _CUBED = (  # "cm^2", "\text{m}^{3}": the power of a letter
+    re.compile(rf"(?<=[^\W\d_])\}}?+\^(?:{power}(?![0-9])|\{{{power}\}})") for power in "23")
+
+_SIGN = "$¢£¥৳฿\u20a0-\u20c0"
+_CURRENCY = rf"(?:(?:[A-Z]{{0,3}}[{_SIGN}]|USD|EUR|GBP|INR|CNY|RMB|JPY|AUD|CAD|CHF)\s*+)"
+_PREFIX = re.compile(rf"\s*+([-+]?+)\s*+{_CURRENCY}{{0,2}}+([-+]?+)\s*+")
+
+# Any letter, and the accents and vowel signs on it, as _is_unit has written them.
+_WORD = r"[A-Za-z][A-Za-z\u0300]*+"
+_UNIT = re.compile(rf"(?:[\s.。।%°℃℉ℓ㎀-㏟()'’{_SIGN}]|{_WORD}[-,/&;:!²³]?+|/(?=[A-Za-z]))*+")
+
+# A letter by itself ("72 a day", "7 a.m.", "3 x-rays" and "762 M&Ms" hold none) is a variable,
+# unless units are written so: metres, grams, hours, ... Of these only metres are squared.
+_LETTER = r"(?!a\s++\w\w)[A-Za-zΑ-ω](?![A-Za-z0-9_'’&]|\.[A-Za-z]|-\w\w)"
+_VARIABLE = rf"(?!m|[ghslLtdpcAVWJNCFΩμ](?![²³])){_LETTER}"
+_TERM = re.compile(rf"\A\W*+{_VARIABLE}|(?<![\w.'’&-])[xyz]{{1,3}}(?![A-Za-z0-9_'’&]|-\w\w)")
+# In maths any letter by itself, and two ("$2ab$"), but for units that are set so in haste.
+_TERM_IN_MATHS = re.compile(
+    rf"\A\s*+(?:{_LETTER}|(?!(?:[cdkm]m|[km]g|m[il]|ft|in|yd|oz|lb|hr)\b)[a-z]{{2}}\s*+\$)")
+# "2x = 72" says 36, "-x = 5" says -5; but "5 x 3 = 15" multiplies.
+_TO_SOLVE = re.compile(
+    rf"[0-9]\s*+(?:[-+*/^·×]\s*+)?+(?![xX]\s*+[($0-9]){_VARIABLE}|\A[\s$(]*+-\s*+{_VARIABLE}"
+    rf"|(?<![\w'’]){_VARIABLE}\s*+(?:[\^²³]|[-+*/·×÷]\s*+[0-9])")
+_NEXT_EQUATION = re.compile(
+    rf",(?![0-9])|;|\n\s*+[^\s&]|\b(?:and|so)\b|\A[-$]?+[0-9][0-9.,]*+[^\w+*·×/^-]++{_VARIABLE}\Z")
+
 _COUNT = (r"(?:an?\s++(?:hundred|thousand|million|billion|dozen|half|third|quarter)|zero|one|two"
           r"|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
           r"|(?:twen|thir|fou?r|fif|six|seven|eigh|nine)(?:ty|teen))")  # fmt: skip
 _CHANGES_VALUE = re.compile(
-    # Directly behind the number: "5 thousand", "2 thirds", "2 and a half", "72 or more", "5M" ...
-    r"\A\W*+(?:(?:hundred|thousand|(?:m|b|tr|quadr|quint)illion|lakh|crore|dozen|third|fourth|fifth"
-    r"|sixth|seventh|eighth|ninth|tenth|twelfth|[a-z]{1,9}(?:tie|teen)th|hundredth|thousandth"
-    r"|(?:m|b)illionth)s?|tens|half|halves|and an?|squared|cubed|pi|or|plus|minus|not"
-    r"|(?:k|bn|mn|(?-i:M|B))(?![&'’-]))\b"
+    # Directly behind the number: "5 thousand", "2 thirds", "2 and a half", "72 or more", "5bn" ...
+    r"\A\W*+(?:(?:(?:hundred|thousand|(?:m|b|tr|quadr|quint)illion|lakh|crore|dozen|third|fourth"
+    r"|fifth|sixth|seventh|eighth|ninth|tenth|twelfth|[a-z]{1,9}(?:tie|teen)th|hundredth"
+    r"|thousandth|(?:m|b)illionth)s?|tens|half|halves|and an?|squared|cubed|pi|or|plus|minus|not"
+    rf"|bn|mn|of\s++{_COUNT})\b"
+    # ... the same in other languages, as far as they are known here,
+    r"|(?:mil|mille|tausend|ribu|juta|oder|ou|или|сот(?:ен|ня|ни)?+|трет(?:ь|и|ей))\b"
+    r"|mil(?:l?iard|l?i?[oó]n|h[ãõ]|yo|ya)|тыс|млн|млрд|милли(?:он|ард)|дюжин|с половин"
+    r"|[半多余餘以或천만억백조반]|हज|लाख|करोड|सौ|ألف|آلاف|مليون|ملايين|مليار)"
     # ... and anywhere: "72 dollars or more", "72 dollars and fifty cents", "2 hours and a half".
-    r"|\b(?:(?:is|are)(?: not|n['’]t)|below zero|in (?:hundred|thousand|million|billion)s"
+    r"|[半两]|\b(?:(?:is|are)(?: not|n['’]t)|below zero|in (?:hundred|thousand|million|billion)s"
     r"|or (?:more|less|fewer|so)|(?:and|or|plus|minus|point|times|less|by|over|out of|to|remainder"
     r"|dollars?|cents?|feet|foot|inch(?:es)?|met(?:er|re)s?|pounds?|kilograms?|seconds?|minutes?"
     rf"|hours?|days?|weeks?|months?|years?)[,;]?+\s++{_COUNT})\b",
@@ -193,52 +235,88 @@ _CHANGES_VALUE = re.compile(
 )
 
 
-def _plain(text: str) -> str:
-    """Minus signs, thousands in LaTeX ("1{,}080", "1,\\!080") and full hours written plainly."""
-    text = text.replace("\u2212", "-")
-    if len(text) > 10_000:  # what is so long is digits, or no number
-        return text
-    return _FULL_HOUR.sub("", _THOUSANDS.sub(",", text))
-
-
 def parse_number(text) -> Decimal | None:
     """Read one number exactly, or None. Time is linear in the length of `text`.
 
-    Reads "1,080", "$72", "72 €", "-$5", "72.", "50%", "72 km/h", "**72**", "\\boxed{72}", "$72$",
-    "1{,}080", U+2212, no-break spaces, the hour of "2:00 pm" (but no "2:30"), and of an equation
-    what follows the last "=". Does not evaluate ("48+24"), join digits ("7 2"), choose among
-    numbers ("72 or 73", "2 2/3"), or read scale words ("5 thousand"; further on they say something
-    else: "72 bars in the fourth week"), scientific notation, superscripts, infinities or NaN.
+    Reads "1,080", "$72", "US$72", "72 €", "-$5", "72.", "50%", "72 km/h", "72元", "5 m^2",
+    "**72**", "\\boxed{72}", "$72$", "1{,}080", "1,08,000", "1'080", U+2212, no-break spaces, the
+    hour of "2:00 pm" (but no "2:30"), and of an equation what follows the last "=". Does not
+    evaluate ("48+24"), solve ("2x = 72", "-7x"), join digits ("7 2"), choose among numbers ("72 or
+    73", "3-5", "2 2/3"), or read scale words ("5 thousand"; further on they say something else:
+    "72 bars in the fourth week"), scientific notation, superscripts, infinities or NaN.
 
     >>> parse_number("x = $1,080.50 per month"), parse_number("10,80")
     (Decimal('1080.50'), None)
     """
     if isinstance(text, float):  # a JSON number: 1e+20 is an exact notation there
         text = f"{Decimal(str(text)):f}"
-    before, equals, value = str(text).rpartition("=")
-    if equals and (before[-1:] in ("<", ">", "!", "~", "/") or re.search(r"\bor\b", before[-100:])):
-        return None  # a bound is not a value, "x = 71 or x = 72" not one
-    around = _AROUND.fullmatch(_plain(value).strip())
+    left, equals, value = _plain(str(text)).rpartition("=")
+    if equals and _gives_no_value(left):
+        return None
+    around = _AROUND.fullmatch(_CUBED.sub("³", _SQUARED.sub("²", value)).strip())
     if around is None:
         return None
-    before, unit = around[1], around[3]
+    before, digits, unit = around.groups()
     while before and unit and before[-1] + unit[0] in ("**", "__", "''", "‘’"):
         before, unit = before[:-1], unit[1:]
-    for mark, plain in _MARKUP:
-        before, unit = before.replace(mark, plain), unit.replace(mark, plain)
-    prefix, number = _PREFIX.fullmatch(before), _NUMBER.fullmatch(around[2].rstrip("."))
-    if not (prefix and number and _UNIT.fullmatch(unit)) or _CHANGES_VALUE.search(unit):
+    if "$" in before and _TERM_IN_MATHS.match(unit):
+        return None  # "$5m" is five million, "$5 m$" a term: units stand in \text{} there
+    prefix = _PREFIX.fullmatch(_without_markup(before))
+    number = _NUMBER.fullmatch(digits.rstrip("."))
+    if not (prefix and number and _is_unit(_without_markup(unit))):
         return None
-    if prefix[1] and prefix[2]:
-        return None
-    return Decimal(("-" if "-" in prefix.groups() else "") + number[0].replace(",", ""))
+    sign = prefix[1] + prefix[2]  # before the currency, or behind it
+    return None if len(sign) > 1 else Decimal(sign + number[0].replace(",", ""))
+
+
+def _gives_no_value(left: str) -> bool:
+    """Whether what is left of the last "=" makes it a bound, one of several, or to be solved."""
+    if len(left) > 1000 or left.endswith(("<", ">", "!", "~", "/")) or re.search(r"\bor\b", left):
+        return True
+    name, *steps = left.split("=")
+    several = any(_NEXT_EQUATION.search(step.strip()) for step in steps)
+    return several or _TO_SOLVE.search(name) is not None
+
+
+def _without_markup(text: str) -> str:
+    text = _DEGREES.sub("°", text.replace("\\$", "$").replace("\\%", "%"))
+    return _MARKUP.sub(" ", text)
+
+
+def _is_unit(text: str) -> bool:
+    """Whether `text` may stand behind a number and leave its value as it is."""
+    if _TERM.search(text) or _CHANGES_VALUE.search(text):
+        return False
+    if not text.isascii():
+        text = "".join(map(_as_letter, re.sub("千(?=[克米])", "", text)))  # kilograms, kilometres
+    return _UNIT.fullmatch(text) is not None
+
+
+def _as_letter(char: str) -> str:
+    """Letters of all scripts as "a", accents as U+0300; "ⁿ", "𝑥" and "万" are no unit's letters."""
+    if unicodedata.category(char)[0] == "M":
+        return "\u0300"
+    another = unicodedata.decomposition(char).startswith(("<super>", "<sub>", "<font>"))
+    numeral = unicodedata.numeric(char, None) is not None
+    return "a" if char.isalpha() and not another and not numeral else char
+
+
+def parse_gold(gold) -> Decimal | None:
+    """Read a gold: one number, or the one after `####` in a whole solution. Equations are none.
+
+    >>> parse_gold("48 + 24 = 72 #### 72 clips"), parse_gold("x = 72"), parse_gold("$-7 x$")
+    (Decimal('72'), None, None)
+    """
+    marked = extract_hash_answer(gold) if isinstance(gold, str) else None
+    text = gold if marked is None else marked
+    return None if "=" in _plain(str(text)) else parse_number(text)
 
 
 parse_gold = parse_number  # replaced soon
 
 
 # Both read backwards, so that the last number of a long text is found without reading all of it.
-_UP_TO_LAST_DIGIT = re.compile("[0-9].{0,9999}", re.DOTALL)
+_UP_TO_LAST_DIGIT = re.compile(r"[0-9０-９](?!\{?\^\}?[^\W\d_]).{0,9999}", re.DOTALL)  # no "m^2"
 _LAST_RUN = re.compile(r"[0-9][0-9$.,]*+-?+")
 
 
@@ -272,7 +350,7 @@ def is_correct(completion, gold: str, *, mode: str = "strict", fmt: str = "xml")
     number = _read_answer(text, fmt)
     if number is None and mode == "flexible":
         number = last_number(after_thinking(text))
-    return number is not None and number == _read_gold(gold)
+    return number is not None and number == parse_gold(gold)
 
 
 def answer_fault(text: str, gold: str, fmt: str = "xml") -> str | None:
@@ -281,7 +359,7 @@ def answer_fault(text: str, gold: str, fmt: str = "xml") -> str | None:
     if block is None:
         n = max(after_thinking(text).count(tag) for tag in FORMATS[fmt].tags[2:])
         return f"{n} answer tags are a hedge" if n > 1 else "there is no closed answer block"
-    number, wanted = parse_number(block), _read_gold(gold)
+    number, wanted = parse_number(block), parse_gold(gold)
     if number is None:
         return f"the answer {block[:30]!r} is not one number"
     if wanted is None:
@@ -332,11 +410,6 @@ def vote(texts: list[str], fmt: str) -> tuple[str | None, int]:
 
 def _read_answer(text: str, fmt: str) -> Decimal | None:
     return parse_number(answer_block(text, fmt) or "")
-
-
-def _read_gold(gold) -> Decimal | None:
-    marked = extract_hash_answer(gold) if isinstance(gold, str) else None
-    return parse_number(gold if marked is None else marked)
 
 
 # ---- Reward functions: TRL's signature, one float a completion -----------------------------------
@@ -410,7 +483,7 @@ def check_answer_correctness(prompts, completions, answer=(), fmt="cookbook", **
     """
     values = []
     for text, gold in _with_golds(completions, answer):
-        number, wanted, value = _read_answer(text, fmt), _read_gold(gold), -0.5
+        number, wanted, value = _read_answer(text, fmt), parse_gold(gold), -0.5
         if number is not None and number == wanted:
             value = 3.0
         elif number is not None and wanted:  # of zero there is no near
@@ -427,7 +500,7 @@ def check_numbers_extraction(prompts, completions, answer=(), fmt="cookbook", **
     for text, gold in _with_golds(completions, answer):
         before, _, rest = after_thinking(text).partition(opening)
         number = None if opening in rest else parse_number(rest.partition(closing)[0])
-        values.append(1.5 if number is not None and number == _read_gold(gold) else 0.0)
+        values.append(1.5 if number is not None and number == parse_gold(gold) else 0.0)
     return values
 
 

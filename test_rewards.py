@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 import rewards
 from rewards import (
     FORMATS, REWARD_FUNCS, after_thinking, answer_fault, build_prompt, choose_backend, fold_system,
-    format_fault, extract_hash_answer, extract_xml_answer, is_correct, last_number, parse_number,
-    refuses_system, render_prompts, vote,
+    format_fault, extract_hash_answer, extract_xml_answer, is_correct, last_number, parse_gold,
+    parse_number, refuses_system, render_prompts, vote,
 )
 
 GSM8K = Path(__file__).resolve().parent.parent / "shared" / "gsm8k"
@@ -171,6 +171,76 @@ NUMBERS = [
     *((f"5 {one}{comma} two {more}", None, "two measures") for one, more in (
         ("dollars", "cents"), ("feet", "inches"), ("years", "months"), ("weeks", "days"),
         ("days", "hours"), ("kilograms", "grams")) for comma in ("", ",")),
+    ("9 of ten", None, "a fraction"), ("72 of them", "72", "of what was counted before"),
+    ("7 packs of ten", "7", "a unit: what is in each is not asked for"),
+    # A term in a variable is no number: what it is depends on the variable.
+    ("-7 x", None, "a term"), ("-7x", None, "a term"), ("6 i", None, "imaginary"),
+    ("5 n", None, "a term"), ("5 XY", "5", "capitals are abbreviations"), ("5xy", None, "a term"),
+    ("36π", None, "a multiple"), ("5 α", None, "a term"), ("72 𝑥", None, "a letter of maths"),
+    ("5 cm x", None, "behind a unit"), ("3 a b", None, "a product"), ("5 x^2", None, "a square"),
+    ("5 h", "5", "hours: a letter that units are written with is one, or 5 m would be none"),
+    ("5 L", "5", "litres"), ("9 s", "9", "seconds"), ("25 °C", "25", "degrees"),
+    ("50p", "50", "pence"), ("9 s^2", None, "no unit but metres is squared by itself"),
+    ("$5 m$", None, "in maths a letter is a variable, a unit stands in \\text{}"),
+    ("$5m", None, "... or it is millions"), ("$2ab$", None, "a product in maths"),
+    ("$5 cm$", "5", "a unit in maths, in haste"), ("$5\\text{ m}$", "5", "set as it should be"),
+    ("$5~\\mathrm{m}$", "5", "with LaTeX's tie"), ("$25\\mathrm{~m}^{2}$", "25", "and squared"),
+    ("$25 m^2$", None, "the square of a variable"), ("72 a day", "72", "an article"),
+    ("7 a.m.", "7", "an abbreviation"), ("3 x-rays", "3", "a word with a hyphen"),
+    ("3 A's", "3", "grades"), ("5 x-y", None, "a difference"), ("5x", None, "5x may be a product"),
+    # Of an equation the right side counts where the left one needs no solving.
+    ("9 z = 0", None, "z is asked for"), ("2x = 72", None, "x is 36"), ("-x = 5", None, "x is -5"),
+    ("x + 5 = 72", None, "x is 67"), ("x/2 = 72", None, "x is 144"), ("x^2 = 72", None, "a root"),
+    ("$x^{2}-5 x-6=0$", None, "two roots"), ("$3x+y+2=0$", None, "a line"),
+    ("$y=4x$", None, "a term"), ("x + y = 72", "72", "a sum, nothing to be solved for"),
+    ("f(3) = 72", "72", "a function's value"), ("Step 2: x = 72", "72", "a name"),
+    ("P = 2l + 2w = 72", "72", "a formula between a name and its value"),
+    ("5 x 3 = 15", "15", "x for times"), ("5 m * 3 m = 15 m^2", "15", "units in a product"),
+    ("x = 1,080.0 = 1080", "1080", "a comma in a number"),
+    ("x = 71, x = 72", None, "two equations are a hedge"), ("x=71,x=72", None, "the same"),
+    ("x = 71; y = 72", None, "two values"), ("x = 71 and y = 72", None, "two values"),
+    ("x = 71 x = 72", None, "the same with nothing between"),
+    ("x = 71 | y = 72", None, "or a bar"), ("x = 71 → y = 72", None, "or an arrow"),
+    ("7 + 4 = 11\n11 + 61 = 72", None, "a calculation, line by line, is no answer"),
+    ("2 = " + "1 + 1 = " * 200 + "2", None, "1000 characters before the last = are prose"),
+    # Ranges.
+    ("3-5", None, "a range"), ("3–5", None, "a range, not minus 5"), ("3 to 5", None, "a range"),
+    ("3 – 5", None, "a range"), ("3—5", None, "a range"), ("3 to five", None, "a range"),
+    # Units and currencies in any script; numerals and scale words of others are refused.
+    ("72元", "72", "yuan"), ("72元。", "72", "with a full stop"), ("72（元）", "72", "in brackets"),
+    ("72 рублей", "72", "roubles"), ("72 रुपये।", "72", "rupees; vowel signs are no letters"),
+    ("72 कि.मी.", "72", "kilometres"), ("72개", "72", "pieces"), ("72 メートル", "72", "metres"),
+    ("72 pin\u0303atas", "72", "an accent by itself"), ("0.3\u0305", None, "0.333..."),
+    ("5千克", "5", "kilograms"), ("5千", None, "a thousand"), ("5万円", None, "ten thousand"),
+    ("72元五角", None, "and five tenths"), ("3米半", None, "and a half"),
+    ("72多", None, "and more"), ("5만 원", None, "ten thousand"),
+    ("5 тысяч", None, "thousand"), ("5 млн", None, "million"), ("5 миллиметров", "5", "mm"),
+    ("5 millones", None, "million"), ("5 Millionen", None, "million"), ("5 लाख", None, "100,000"),
+    ("5ⁿ", None, "a power"), ("72℃", "72", "degrees in one sign"), ("72㎡", "72", "m² in one"),
+    ("72 cm^2", "72", "a unit's power"), ("72 cm²", "72", "the same"), ("72 m^{3}", "72", "LaTeX"),
+    ("5 m^2", "5", "square metres"), ("5 м^2", "5", "in Russian"), ("5\\text{ m}^2", "5", "LaTeX"),
+    ("5 m2", None, "is that m² or a second number?"), ("5 m^22", None, "no unit's power"),
+    ("US$72", "72", "a country's dollar"), ("A$72", "72", "Australia's"), ("R$ 72", "72", "reais"),
+    ("-US$5", "-5", "sign first"), ("US$-5", "-5", "sign last"), ("$\\$72$", "72", "in maths"),
+    ("Rs. 72", "72", "rupees"), ("Rs.72", "72", "no decimal point"), ("₨72", "72", "in one sign"),
+    ("72 USD", "72", "a code"), ("USD 72", "72", "a code"), ("SUM 72", None, "no currency"),
+    # Signs, digits and groups that look alike. What is seen is read, if it can be one value only.
+    ("–5", "-5", "an en dash at the number is a minus"), ("–€5", "-5", "or before its currency"),
+    ("– 5", None, "else it opens a line"),
+    ("—5", None, "an em dash does"), ("\u20115", "-5", "a hyphen that breaks no line"),
+    ("\u200b72\u2060", "72", "zero-width characters around"), ("\ufeff72", "72", "a BOM"),
+    ("7\u200b2", "72", "inside, where 72 is seen"), ("1\u00ad080", "1080", "a soft hyphen"),
+    ("7\u20622", None, "an invisible times"), ("7\u20642", None, "an invisible plus"),
+    ("７２", "72", "full-width digits are the same ones"),
+    ("－１，０８０．５", "-1080.5", "and signs"), ("ｘ＝７２", "72", "and letters"),
+    ("1,08,000", "108000", "India's groups, and no list has spaces left out"),
+    ("12,34,567.5", "1234567.5", "the same"), ("1,08,00", None, "the last group has three"),
+    ("1,080,00,000", None, "not both kinds"), ("0,08,000", None, "no group begins with 0"),
+    ("1\u2009080", "1080", "a thin space only groups"), ("1\u202f080", "1080", "nor this one"),
+    ("7\u20092", None, "but not so"), ("1 080", None, "a space may part two numbers"),
+    ("1\u00a0080", None, "as may one that breaks no line: tokenizers write it for a space"),
+    ("1'080", "1080", "Switzerland's groups"), ("1’080’000", "1080000", "the same"),
+    ("5'10", None, "feet and inches"), ("7' 200", None, "feet, and another number"),
 ]  # fmt: skip
 
 
@@ -178,6 +248,28 @@ NUMBERS = [
                          ids=[f"{row[2]}: {row[0]!s:.9}" for row in NUMBERS])
 def test_parse_number(text, number, why):
     assert parse_number(text) == (None if number is None else Decimal(number)), why
+
+
+GOLDS = [  # gold, number, why: a file's gold is a number, or its row is refused aloud
+    ("72", "72", "plain"), ("1,080", "1080", "a comma"), ("72.", "72", "a full stop"),
+    ("$72", "72", "money"), ("50%", "50", "percent"), ("72 apples", "72", "a word as a unit"),
+    ("5 m", "5", "metres"), ("$72$", "72", "maths"), (2.0107e-06, "0.0000020107", "JSON"),
+    ("48 + 24 = 72 #### 72 clips", "72", "the equation is no part of it"),
+    ("x = 5", None, "an equation: which of its parts is asked for, the question says, not it"),
+    ("#### x = 5", None, "marked or not"), ("＝5", None, "in any width"), ("48+24=72", None, "too"),
+    *((gold, None, "an equation") for gold in ("$x^{2}-5 x-6=0$", "$3x+y+2=0$", "$y=4x$")),
+    *((gold, None, "a term") for gold in ("$-7 x$", "$6 i$", "$5 n$", "-7x", "$5 m$", "#### 5 n")),
+    *((gold, None, "a range") for gold in ("3-5", "3–5", "3 to 5", "$3 \\sim 5$", "[3, 5]")),
+    ("seventy", None, "words"), ("", None, "empty"), (None, None, "null"), (True, None, "a bool"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("gold, number, why", GOLDS, ids=[f"{r[2]}: {r[0]!s:.9}" for r in GOLDS])
+def test_parse_gold(gold, number, why):
+    assert parse_gold(gold) == (None if number is None else Decimal(number)), why
+    if number is None:
+        assert answer_fault(BLOCK("5"), gold) == f"the gold {str(gold)[-30:]!r} is not one number"
+        assert not any(is_correct(BLOCK(answer), gold) for answer in ("5", "0", "-7", "6", gold))
 
 
 LAST = [
@@ -192,6 +284,8 @@ LAST = [
     ("so $9{,}500.", "9500", "LaTeX"), ("\\boxed{9{,}500}", "9500", "LaTeX in a box"),
     ("at 2:00 pm", "2", "never 00"), ("from 9 to 12:00:00", "12", "never 00"),
     ("wait...72", "72", "an ellipsis is no point"), ("it is 72...", "72", "nor at the end"),
+    ("pages 3–5", "5", "a range's end, not minus 5"), ("so ７２", "72", "full-width digits"),
+    ("10^2", "2", "a number's power is what the harness reads"),
 ]  # fmt: skip
 
 
@@ -302,6 +396,10 @@ DIFFERENCES = [  # text, gold, harness, why ours differs; each is wrong by the o
     ("it is 72, or ...", "72", False, "a run without a digit is no number"),
     ("it is 72...", "72", False, "an ellipsis is no part of it"),
     ("wait...72", "72", False, "nor before it"), (".5", "0.5", False, "no zero before the point"),
+    ("–5", "-5", False, "an en dash at a number is a minus"), ("Rs.72", "72", False, "no point"),
+    ("1'080", "1080", False, "an apostrophe groups"), ("1\u202f080", "1080", False, "a thin space"),
+    ("25 m^2", "25", False, "a unit's power is no answer"), ("7\u200b2", "72", False, "72 is seen"),
+    ("it is ７２", "72", False, "full-width digits are digits"),
     ("10,80", "1080", True, "commas that group no thousands join nothing"),
     ("7,8,9", "789", True, "a list is no number"), ("$5,$6", "56", True, "two prices are none"),
     ("<think>72", "72", True, "a thought that is cut off has no answer"),
@@ -553,7 +651,7 @@ def test_no_value_depends_on_the_reasonings_length(reasoning, shape, fmt):
 def test_formatting_of_the_number_changes_no_verdict(number, template):
     for plain in (str(number), f"{number:,}", str(number).replace("-", "\u2212")):
         assert is_correct(perfect(template.format(plain)), str(number))
-        assert is_correct(perfect(str(number)), template.format(plain))
+        assert "=" in template or is_correct(perfect(str(number)), template.format(plain))
         assert not is_correct(perfect(template.format(plain)), str(number + 1))
 
 
@@ -592,6 +690,9 @@ HOSTILE = {
     "stars": "*", "hashes": "#", "emoji": "😀",
     "thoughts": "<think></think>", "sums": "7+7=14 ", "sum list": "7 + 7 = 14, ", "pluses": "7+",
     "LaTeX groups": "1{,}", "thin spaces": "1\\!", "hours": "1:00 ", "hour run": "1:00",
+    "full-width": "７", "zero-width": "\u200b", "Unicode groups": "1\u2009", "ranges": "3–5",
+    "powers": "m^2", "terms": "2x", "listed": "x = 1, ", "letters": "元",
+    "marks": "\u0303", "rupees": "Rs.",
 }  # fmt: skip
 FUNCTIONS = {
     **{name: lambda text, name=name: value(name, text) for name in REWARD_FUNCS},
