@@ -146,22 +146,21 @@ def extract_hash_answer(text: str) -> str | None:
     return rest.partition("\n")[0].strip() if mark else None
 
 
-def _between(text: str, opening: str, closing: str) -> str | None:
+def answer_block(text: str, fmt: str = "xml") -> str | None:
+    """The text of the one closed answer block; None where there is none, or more than one."""
+    text = after_thinking(text)
+    opening, closing = FORMATS[fmt].tags[2:]
     if text.count(opening) != 1 or text.count(closing) != 1:
         return None
     inside, closed, _ = text.partition(opening)[2].partition(closing)
     return inside.strip() if closed else None
 
 
-def answer_block(text: str, fmt: str = "xml") -> str | None:
-    """The text of the one closed answer block; None where there is none, or more than one."""
-    return _between(after_thinking(text), *FORMATS[fmt].tags[2:])
-
-
-# What is written otherwise than here and means the same: full-width forms, hyphens that are typed
-# for a minus. What can't be seen is left out, but for the invisible times, plus and comma.
-_SAME = {0xFF01 + i: 0x21 + i for i in range(94)} | dict.fromkeys([0x2010, 0x2011, 0x2212], "-")
-_SAME |= dict.fromkeys([0xAD, *range(0x200B, 0x200F), 0x2060, 0xFEFF])
+# First, what is written otherwise and means the same.
+_SAME = {0xFF01 + i: 0x21 + i for i in range(94)}  # full-width forms
+_SAME |= dict.fromkeys([0x2010, 0x2011, 0x2212], "-")  # hyphens, and the minus sign
+# What can't be seen, but for the invisible times, plus and comma.
+_SAME |= dict.fromkeys([0xAD, 0x200B, 0x200C, 0x200D, 0x200E, 0x2060, 0xFEFF])
 _DASH_AS_MINUS = re.compile(r"(?<!\w)[‒–](?=\S)")  # "–5", but neither "3–5" nor "– 5"
 _THOUSANDS = re.compile(
     r"(?<=[0-9])(?:(?:\{,\}|,?\\[,!])(?:\\!|\s)*+|[\u2009\u202f'’])(?=[0-9])")
@@ -178,11 +177,12 @@ def _plain(text: str) -> str:
     return _FULL_HOUR.sub("", _THOUSANDS.sub(",", _RUPEES.sub("₹", text)))
 
 
-# One run of digits; more than 100 characters on a side of it are prose, not a sign or a unit.
+# Then the number. More than 100 characters on a side of its digits are prose, no sign or unit.
 _AROUND = re.compile(r"([^0-9.]{0,100}+)(\.?+[0-9][0-9.,]*+)([^0-9]{0,100}+)")
-# In thousands, in India's groups ("1,08,000"), or in none.
-_NUMBER = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})++|[1-9][0-9]?+(?:,[0-9]{2}(?=,))++,[0-9]{3}"
-                     r"|[0-9]++)?+(?:\.[0-9]++)?+")  # fmt: skip
+_IN_THOUSANDS = "[1-9][0-9]{0,2}(?:,[0-9]{3})++"
+_IN_LAKHS = "[1-9][0-9]?+(?:,[0-9]{2}(?=,))++,[0-9]{3}"  # India's groups: 1,08,000
+_NUMBER = re.compile(rf"(?:{_IN_THOUSANDS}|{_IN_LAKHS}|[0-9]++)?+(?:\.[0-9]++)?+")
+
 # LaTeX, Markdown and quotes around a number carry no value; nor does an inch mark.
 _MARKUP = re.compile(r"""\\(?:boxed|text|textbf|mathrm|mathbf)\{|\\[,;! ()\[\]]|~(?=\\?[A-Za-z])"""
                      r"""|\*\*|[}`"“”″]""")  # fmt: skip
@@ -190,49 +190,60 @@ _DEGREES = re.compile(r"\^\{?+\\circ")
 _SQUARED, _CUBED = (  # "cm^2", "\text{m}^{3}": the power of a letter
     re.compile(rf"(?<=[^\W\d_])\}}?+\^(?:{power}(?![0-9])|\{{{power}\}})") for power in "23")
 
-_SIGN = "$¢£¥৳฿\u20a0-\u20c0"
+# Before the digits may stand a sign and a currency; a "$" may be maths, too.
+_SIGN = "$¢£¥৳฿\u20a0-\u20c0￠￡￥￦"
 _CURRENCY = rf"(?:(?:[A-Z]{{0,3}}[{_SIGN}]|USD|EUR|GBP|INR|CNY|RMB|JPY|AUD|CAD|CHF)\s*+)"
 _PREFIX = re.compile(rf"\s*+([-+]?+)\s*+{_CURRENCY}{{0,2}}+([-+]?+)\s*+")
 
-# Any letter, and the accents and vowel signs on it, as _is_unit has written them.
+# Behind them a unit: words of any script, which _is_unit spells with "a" and, for accents, U+0300.
 _WORD = r"[A-Za-z][A-Za-z\u0300]*+"
 _UNIT = re.compile(rf"(?:[\s.。।%°℃℉ℓ㎀-㏟()'’{_SIGN}]|{_WORD}[-,/&;:!²³]?+|/(?=[A-Za-z]))*+")
 
-# A letter by itself ("72 a day", "7 a.m.", "3 x-rays" and "762 M&Ms" hold none) is a variable,
+# But a letter by itself ("72 a day", "7 a.m.", "3 x-rays" and "762 M&Ms" hold none) is a variable,
 # unless units are written so: metres, grams, hours, ... Of these only metres are squared.
 _LETTER = r"(?!a\s++\w\w)[A-Za-zΑ-ω](?![A-Za-z0-9_'’&]|\.[A-Za-z]|-\w\w)"
 _VARIABLE = rf"(?!m|[ghslLtdpcAVWJNCFΩμ](?![²³])){_LETTER}"
 _TERM = re.compile(rf"\A\W*+{_VARIABLE}|(?<![\w.'’&-])[xyz]{{1,3}}(?![A-Za-z0-9_'’&]|-\w\w)")
 # In maths any letter by itself, and two ("$2ab$"), but for units that are set so in haste.
-_TERM_IN_MATHS = re.compile(
-    rf"\A\s*+(?:{_LETTER}|(?!(?:[cdkm]m|[km]g|m[il]|ft|in|yd|oz|lb|hr)\b)[a-z]{{2}}\s*+\$)")
-# "2x = 72" says 36, "-x = 5" says -5; but "5 x 3 = 15" multiplies.
+_HASTY_UNIT = r"(?:[cdkm]m|[km]g|m[il]|ft|in|yd|oz|lb|hr)\b"
+_TERM_IN_MATHS = re.compile(rf"\A\s*+(?:{_LETTER}|(?!{_HASTY_UNIT})[a-z]{{2}}\s*+\$)")
+# An equation: "2x = 72" says 36, "-x = 5" says -5; but "5 x 3 = 15" multiplies.
 _TO_SOLVE = re.compile(
-    rf"[0-9]\s*+(?:[-+*/^·×]\s*+)?+(?![xX]\s*+[($0-9]){_VARIABLE}|\A[\s$(]*+-\s*+{_VARIABLE}"
+    rf"[0-9]\s*+(?:[-+*/^·×]\s*+)?+(?![xX]\s*+[($0-9]){_VARIABLE}"
+    rf"|\A[\s$(]*+-\s*+{_VARIABLE}"
     rf"|(?<![\w'’]){_VARIABLE}\s*+(?:[\^²³]|[-+*/·×÷]\s*+[0-9])")
+# Several: "x = 71, y = 72", between whose "=" a value ends and a name begins.
 _NEXT_EQUATION = re.compile(
-    rf",(?![0-9])|;|\n\s*+[^\s&]|\b(?:and|so)\b|\A[-$]?+[0-9][0-9.,]*+[^\w+*·×/^-]++{_VARIABLE}\Z")
+    r",(?![0-9])|;|\n\s*+[^\s&]|\b(?:and|so)\b"
+    rf"|\A[-$]?+[0-9][0-9.,]*+[^\w+*·×/^-]++{_VARIABLE}\Z")
 
+# Words change a number directly behind it: "5 thousand", "2 thirds", "2 and a half", "72 or more",
+# "5bn", "9 of ten"; in other languages those that are listed here ...
 _COUNT = (r"(?:an?\s++(?:hundred|thousand|million|billion|dozen|half|third|quarter)|zero|one|two"
           r"|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
           r"|(?:twen|thir|fou?r|fif|six|seven|eigh|nine)(?:ty|teen))")  # fmt: skip
-_CHANGES_VALUE = re.compile(
-    # Directly behind the number: "5 thousand", "2 thirds", "2 and a half", "72 or more", "5bn" ...
-    r"\A\W*+(?:(?:(?:hundred|thousand|(?:m|b|tr|quadr|quint)illion|lakh|crore|dozen|third|fourth"
-    r"|fifth|sixth|seventh|eighth|ninth|tenth|twelfth|[a-z]{1,9}(?:tie|teen)th|hundredth"
-    r"|thousandth|(?:m|b)illionth)s?|tens|half|halves|and an?|squared|cubed|pi|or|plus|minus|not"
-    rf"|bn|mn|of\s++{_COUNT})\b"
-    # ... the same in other languages, as far as they are known here,
-    r"|(?:mil|mille|tausend|ribu|juta|oder|ou|или|сот(?:ен|ня|ни)?+|трет(?:ь|и|ей))\b"
+_NEXT_WORD = re.compile(
+    r"\A\W*+(?:(?:hundred|thousand|(?:m|b|tr|quadr|quint)illion|lakh|crore|dozen|third|fourth|fifth"
+    r"|sixth|seventh|eighth|ninth|tenth|twelfth|[a-z]{1,9}(?:tie|teen)th|hundredth|thousandth"
+    r"|(?:m|b)illionth)s?|tens|half|halves|and an?|squared|cubed|pi|or|plus|minus|not|bn|mn"
+    rf"|of\s++{_COUNT})\b",
+    re.IGNORECASE,
+)
+_NEXT_WORD_ELSEWHERE = re.compile(
+    r"\A\W*+(?:(?:mil|mille|tausend|ribu|juta|oder|ou|или|сот(?:ен|ня|ни)?+|трет(?:ь|и|ей))\b"
     r"|mil(?:l?iard|l?i?[oó]n|h[ãõ]|yo|ya)|тыс|млн|млрд|милли(?:он|ард)|дюжин|с половин"
-    r"|[半多余餘以或천만억백조반]|हज|लाख|करोड|सौ|ألف|آلاف|مليون|ملايين|مليار)"
-    # ... and anywhere: "72 dollars or more", "72 dollars and fifty cents", "2 hours and a half".
-    r"|[半两]|\b(?:(?:is|are)(?: not|n['’]t)|below zero|in (?:hundred|thousand|million|billion)s"
+    r"|[多余餘以或천만억백조반]|हज|लाख|करोड|सौ|ألف|آلاف|مليون|ملايين|مليار)|[半两]",
+    re.IGNORECASE,
+)
+# ... and some anywhere: "72 dollars or more", "72 dollars and fifty cents", "2 hours and a half".
+_LATER_WORD = re.compile(
+    r"\b(?:(?:is|are)(?: not|n['’]t)|below zero|in (?:hundred|thousand|million|billion)s"
     r"|or (?:more|less|fewer|so)|(?:and|or|plus|minus|point|times|less|by|over|out of|to|remainder"
     r"|dollars?|cents?|feet|foot|inch(?:es)?|met(?:er|re)s?|pounds?|kilograms?|seconds?|minutes?"
     rf"|hours?|days?|weeks?|months?|years?)[,;]?+\s++{_COUNT})\b",
     re.IGNORECASE,
 )
+_CHANGE_VALUE = (_TERM, _NEXT_WORD, _NEXT_WORD_ELSEWHERE, _LATER_WORD)
 
 
 def parse_number(text) -> Decimal | None:
@@ -285,20 +296,21 @@ def _without_markup(text: str) -> str:
 
 def _is_unit(text: str) -> bool:
     """Whether `text` may stand behind a number and leave its value as it is."""
-    if _TERM.search(text) or _CHANGES_VALUE.search(text):
+    if any(pattern.search(text) for pattern in _CHANGE_VALUE):
         return False
     if not text.isascii():
-        text = "".join(map(_as_letter, re.sub("千(?=[克米])", "", text)))  # kilograms, kilometres
+        text = text.replace("千克", "kg").replace("千米", "km")  # else 千 is a thousand
+        text = "".join(map(_as_letter, text))
     return _UNIT.fullmatch(text) is not None
 
 
 def _as_letter(char: str) -> str:
-    """Letters of all scripts as "a", accents as U+0300; "ⁿ", "𝑥" and "万" are no unit's letters."""
+    """Letters of all scripts as "a", accents and vowel signs as U+0300; what else, as it is."""
     if unicodedata.category(char)[0] == "M":
         return "\u0300"
-    another = unicodedata.decomposition(char).startswith(("<super>", "<sub>", "<font>"))
-    numeral = unicodedata.numeric(char, None) is not None
-    return "a" if char.isalpha() and not another and not numeral else char
+    numeral = unicodedata.numeric(char, None) is not None  # 万
+    symbol = unicodedata.decomposition(char).startswith(("<super>", "<sub>", "<font>"))  # ⁿ, 𝑥
+    return "a" if char.isalpha() and not numeral and not symbol else char
 
 
 def parse_gold(gold) -> Decimal | None:
@@ -329,11 +341,13 @@ def last_number(text: str) -> Decimal | None:
     found = _UP_TO_LAST_DIGIT.search(text[::-1])
     if found is None:
         return None
-    run = _LAST_RUN.match(_plain(found[0][::-1])[::-1])[0][::-1].replace("$", "")
+    up_to_it = _plain(found[0][::-1])
+    run = _LAST_RUN.match(up_to_it[::-1])[0][::-1].replace("$", "")
+    sign = "-" if run.startswith("-") else ""
     unsigned = run.lstrip("-")
     digits = unsigned.lstrip(".,")
     point = "." if unsigned == f".{digits}" else ""  # "wait...72" is 72, ".5" a half
-    return parse_number("-" * run.startswith("-") + point + digits)
+    return parse_number(sign + point + digits)
 
 
 # ---- Grading -------------------------------------------------------------------------------------
@@ -359,9 +373,10 @@ def answer_fault(text: str, gold: str, fmt: str = "xml") -> str | None:
     if block is None:
         n = max(after_thinking(text).count(tag) for tag in FORMATS[fmt].tags[2:])
         return f"{n} answer tags are a hedge" if n > 1 else "there is no closed answer block"
-    number, wanted = parse_number(block), parse_gold(gold)
+    number = parse_number(block)
     if number is None:
         return f"the answer {block[:30]!r} is not one number"
+    wanted = parse_gold(gold)
     if wanted is None:
         return f"the gold {str(gold)[-30:]!r} is not one number"
     return None if number == wanted else f"the answer is {number:.30}, the gold is {wanted:.30}"
@@ -373,25 +388,29 @@ def format_fault(text: str, fmt: str = "xml", strict: bool = True) -> str | None
     Both want one reasoning block, then one answer block, neither empty. strict also wants nothing
     else in the completion, and every tag on its own line where the format says so.
     """
-    spec, text = FORMATS[fmt], after_thinking(text)
+    spec = FORMATS[fmt]
+    text = after_thinking(text)
     for tag in spec.tags:
-        if (n := text.count(tag)) != 1:
+        n = text.count(tag)
+        if n != 1:
             return f"{tag} occurs {n} times, not once"
-    at = [text.index(tag) for tag in spec.tags]
-    if at != sorted(at):
+    starts = [text.index(tag) for tag in spec.tags]
+    if starts != sorted(starts):
         return "the tags are out of order"
-    ends = [start + len(tag) for start, tag in zip(at, spec.tags)]
-    if not text[ends[0] : at[1]].strip():
+    ends = [start + len(tag) for start, tag in zip(starts, spec.tags)]
+    before, after = text[: starts[0]], text[ends[3] :]
+    reasoning, between, answer = (text[ends[i] : starts[i + 1]] for i in range(3))
+    if not reasoning.strip():
         return "the reasoning is empty"
-    if text[ends[1] : at[2]].strip():
+    if between.strip():
         return "there is text between the two blocks"
-    if not text[ends[2] : at[3]].strip():
+    if not answer.strip():
         return "the answer is empty"
     if not strict:
         return None
-    if text[: at[0]].strip() or text[ends[3] :].strip():
+    if before.strip() or after.strip():
         return "there is text outside the two blocks"
-    for start, end, tag in zip(at, ends, spec.tags):
+    for start, end, tag in zip(starts, ends, spec.tags):
         line_start, line_end = text.rfind("\n", 0, start) + 1, text.find("\n", end)
         line = text[line_start : line_end if line_end >= 0 else None]
         if spec.own_lines and line.strip() != tag:
@@ -404,8 +423,12 @@ def vote(texts: list[str], fmt: str) -> tuple[str | None, int]:
 
     Answers that are no number don't vote; (None, 0) if none is.
     """
-    votes = Counter(n for text in texts if (n := _read_answer(text, fmt)) is not None)
-    return next(((f"{n:f}", count) for n, count in votes.most_common(1)), (None, 0))
+    numbers = [_read_answer(text, fmt) for text in texts]
+    votes = Counter(number for number in numbers if number is not None)
+    if not votes:
+        return None, 0
+    winner, count = votes.most_common(1)[0]
+    return f"{winner:f}", count
 
 
 def _read_answer(text: str, fmt: str) -> Decimal | None:

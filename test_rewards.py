@@ -221,6 +221,7 @@ NUMBERS = [
     ("5 m^2", "5", "square metres"), ("5 м^2", "5", "in Russian"), ("5\\text{ m}^2", "5", "LaTeX"),
     ("5 m2", None, "is that m² or a second number?"), ("5 m^22", None, "no unit's power"),
     ("US$72", "72", "a country's dollar"), ("A$72", "72", "Australia's"), ("R$ 72", "72", "reais"),
+    ("￥72", "72", "a wide sign"), ("CHF 1'080", "1080", "Swiss francs"),
     ("-US$5", "-5", "sign first"), ("US$-5", "-5", "sign last"), ("$\\$72$", "72", "in maths"),
     ("Rs. 72", "72", "rupees"), ("Rs.72", "72", "no decimal point"), ("₨72", "72", "in one sign"),
     ("72 USD", "72", "a code"), ("USD 72", "72", "a code"), ("SUM 72", None, "no currency"),
