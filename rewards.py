@@ -192,18 +192,20 @@ _SQUARED, _CUBED = (  # "cm^2", "\text{m}^{3}": the power of a letter
 
 # Before the digits may stand a sign and a currency; a "$" may be maths, too.
 _SIGN = "$¢£¥৳฿\u20a0-\u20c0￠￡￥￦"
-_CURRENCY = rf"(?:(?:[A-Z]{{0,3}}[{_SIGN}]|USD|EUR|GBP|INR|CNY|RMB|JPY|AUD|CAD|CHF)\s*+)"
+_CURRENCY = rf"(?:(?:(?:US |[A-Z]{{0,3}})[{_SIGN}]|USD|EUR|GBP|INR|CNY|RMB|JPY|AUD|CAD|CHF)\s*+)"
 _PREFIX = re.compile(rf"\s*+([-+]?+)\s*+{_CURRENCY}{{0,2}}+([-+]?+)\s*+")
 
 # Behind them a unit: words of any script, which _is_unit spells with "a" and, for accents, U+0300.
 _WORD = r"[A-Za-z][A-Za-z\u0300]*+"
 _UNIT = re.compile(rf"(?:[\s.。।%°℃℉ℓ㎀-㏟()'’{_SIGN}]|{_WORD}[-,/&;:!²³]?+|/(?=[A-Za-z]))*+")
 
-# But a letter by itself ("72 a day", "7 a.m.", "3 x-rays" and "762 M&Ms" hold none) is a variable,
-# unless units are written so: metres, grams, hours, ... Of these only metres are squared.
-_LETTER = r"(?!a\s++\w\w)[A-Za-zΑ-ω](?![A-Za-z0-9_'’&]|\.[A-Za-z]|-\w\w)"
+# But a letter by itself ("7 a.m.", "3 x-rays" and "762 M&Ms" hold none) is a variable, if it is no
+# article ("72 a day"), names no kind ("8 D batteries", but "5 M people" are millions), and units
+# aren't written so: metres, grams, hours, ... Of these only metres are squared.
+_ALONE = r"(?![A-Za-z0-9_'’&]|\.[A-Za-z]|-\w\w|/o\b)"
+_LETTER = rf"(?!a\s++\w\w|[AC-JLN-SU-Z]\s++[a-z]{{3}})[A-Za-zΑ-ω]{_ALONE}"
 _VARIABLE = rf"(?!m|[ghslLtdpcAVWJNCFΩμ](?![²³])){_LETTER}"
-_TERM = re.compile(rf"\A\W*+{_VARIABLE}|(?<![\w.'’&-])[xyz]{{1,3}}(?![A-Za-z0-9_'’&]|-\w\w)")
+_TERM = re.compile(rf"\A\W*+{_VARIABLE}|(?<![\w.'’&-])[xyz]{{1,3}}+{_ALONE}")
 # In maths any letter by itself, and two ("$2ab$"), but for units that are set so in haste.
 _HASTY_UNIT = r"(?:[cdkm]m|[km]g|m[il]|ft|in|yd|oz|lb|hr)\b"
 _TERM_IN_MATHS = re.compile(rf"\A\s*+(?:{_LETTER}|(?!{_HASTY_UNIT})[a-z]{{2}}\s*+\$)")
