@@ -177,8 +177,10 @@ def _plain(text: str) -> str:
     return _FULL_HOUR.sub("", _THOUSANDS.sub(",", _RUPEES.sub("₹", text)))
 
 
-# Then the number. More than 100 characters on a side of its digits are prose, no sign or unit.
-_AROUND = re.compile(r"([^0-9.]{0,100}+)(\.?+[0-9][0-9.,]*+)([^0-9]{0,100}+)")
+# Then the number. More than 100 characters on a side of its digits are prose, no sign or unit; of
+# other digits a unit may hold its power.
+_AROUND = re.compile(r"([^0-9.]{0,100}+)(\.?+[0-9][0-9.,]*+)"
+                     r"((?:[^0-9]|(?<=\^)[23]|(?<=\^\{)[23]){0,100}+)")  # fmt: skip
 _IN_THOUSANDS = "[1-9][0-9]{0,2}(?:,[0-9]{3})++"
 _IN_LAKHS = "[1-9][0-9]?+(?:,[0-9]{2}(?=,))++,[0-9]{3}"  # India's groups: 1,08,000
 _NUMBER = re.compile(rf"(?:{_IN_THOUSANDS}|{_IN_LAKHS}|[0-9]++)?+(?:\.[0-9]++)?+")
@@ -266,7 +268,7 @@ def parse_number(text) -> Decimal | None:
     left, equals, value = _plain(str(text)).rpartition("=")
     if equals and _gives_no_value(left):
         return None
-    around = _AROUND.fullmatch(_CUBED.sub("³", _SQUARED.sub("²", value)).strip())
+    around = _AROUND.fullmatch(value.strip())
     if around is None:
         return None
     before, digits, unit = around.groups()
@@ -292,6 +294,7 @@ def _gives_no_value(left: str) -> bool:
 
 
 def _without_markup(text: str) -> str:
+    text = _CUBED.sub("³", _SQUARED.sub("²", text))
     text = _DEGREES.sub("°", text.replace("\\$", "$").replace("\\%", "%"))
     return _MARKUP.sub(" ", text)
 
