@@ -329,9 +329,6 @@ def parse_gold(gold) -> Decimal | None:
     return None if "=" in _plain(str(text)) else parse_number(text)
 
 
-parse_gold = parse_number  # replaced soon
-
-
 # Both read backwards, so that the last number of a long text is found without reading all of it.
 _UP_TO_LAST_DIGIT = re.compile(r"[0-9０-９](?!\{?\^\}?[^\W\d_]).{0,9999}", re.DOTALL)  # no "m^2"
 _LAST_RUN = re.compile(r"[0-9][0-9$.,]*+-?+")
