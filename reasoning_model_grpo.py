@@ -141,7 +141,7 @@ def build_parser() -> OneLineParser:
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to train").add_argument
     add("--recipe", choices=RECIPES, help="default: qwen-3b on a GPU, else smollm2-135m")
-    add("--config", type=existing_path, metavar="FILE.yaml",
+    add("--config", type=file_path, metavar="FILE.yaml",
         help="options from a file; the command line wins")
     add("--model", "--model-name", type=existing_path, help="Hub id, local directory or .gguf file")
     add("--adapter", type=existing_path, metavar="DIR",
@@ -582,7 +582,7 @@ def load_questions(args, train=None, test=None) -> tuple[str, list[dict], list[d
     columns = args.question_column, args.answer_column
     train = to_questions(train, *columns, source, args.skip_bad)
     if args.eval_dataset:
-        rows, part = read_data(Path(args.eval_dataset), args.dataset_config)
+        rows, part = read_data(Path(args.eval_dataset))
         held_out = part or rows
         columns = args.eval_question_column or columns[0], args.eval_answer_column or columns[1]
     held_out = held_out if test is None else parts_of(test)[0]
@@ -631,6 +631,8 @@ def read_data(path: Path, config: str | None = None) -> tuple[list[dict], list[d
     """(training rows, held-out rows or []) of a file, a saved data set, or a folder of files."""
     with one_line(f"{path} can't be read"):
         if not path.is_dir():
+            if config:
+                stop(f"{path} is one file, which has no configuration: leave out --dataset-config")
             return read_file(path) or stop(f"{path} holds no rows: give one object a question"), []
         saved = any((path / f"dataset_{kind}.json").is_file() for kind in ("info", "dict"))
         return parts_of(datasets.load_from_disk(str(path)) if saved
@@ -666,8 +668,10 @@ def read_file(path: Path) -> list[dict]:
     if kind == ".parquet":
         return pandas.read_parquet(path).to_dict("records")
     if kind in (".csv", ".tsv"):
-        table = pandas.read_csv(path, sep="," if kind == ".csv" else "\t", dtype=str,
-                                encoding="utf-8-sig", keep_default_na=False, index_col=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # cells beyond the last column, which would be lost
+            table = pandas.read_csv(path, sep="," if kind == ".csv" else "\t", dtype=str,
+                                    encoding="utf-8-sig", keep_default_na=False, index_col=False)
         return table.to_dict("records")
     if kind not in (".json", ".jsonl", ".txt"):
         raise ValueError(".jsonl .json .csv .tsv .parquet .txt are read, also .gz")

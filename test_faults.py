@@ -164,7 +164,9 @@ TYPED = [[f"--{name}", value] for names, values in [
     "--few-shot 99", "--full-finetune --load-in-4bit", "--dtype float16", "--backend unsloth",
     "--vllm colocate", "--vllm server", "--backend unsloth --vllm server", "--dry-run=3",
     "--reward-weights 1 2", "--max-prompt-length 1", "--max-completion-length 4096",
-    "--batch-size 4096", "--no-nothing")]
+    "--batch-size 4096", "--no-nothing", "--dataset-config nope", "--lora-dropout 2",
+    "--temperature 100", "--seed 4294967296", "--lora-rank 4097", "--lora-alpha 1e6",
+    "--eval-steps 2 --save-steps 3", "--batch-size 3 --gradient-accumulation-steps 1")]
 
 
 def record(**more):
@@ -591,7 +593,7 @@ def test_a_question_does_not_steer_the_terminal(spoken):
 
 def test_the_command_to_ask_a_question_runs_nothing_else(spoken):
     place, said = spoken
-    line = said[said.index("ask it:") :].partition("python infer.py ")[2].partition("\n")[0]
+    line = said[said.index("ask it:") :].partition("infer.py ")[2].partition("\n")[0]
     subprocess.run(["bash", "-c", f"true {line}"], cwd=place, timeout=20)
     assert not (place / "ran").exists(), line
 
@@ -995,7 +997,7 @@ for n, (phase, (marker, times, _)) in enumerate(json.loads(wanted).items()):
         os.kill(pid, signal.SIGINT)
         time.sleep(0.05)
     code, said = end_of(pid), log()
-    told = re.search("go on with: python reasoning_model_grpo.py (.*)", said)
+    told = re.search("go on with: python .*reasoning_model_grpo.py (.*)", said)
     again = end_of(start(shlex.split(told[1]))) if told else "was not told how"
     found[phase] = [code, "Traceback" in said, again, told and result(run) == whole, said[-600:]]
 print(json.dumps(found))
