@@ -110,10 +110,12 @@ def test_a_summary_counts_each_metric_and_estimates_pass_at_k():
 def test_rows_are_paired_by_question_and_gold_in_whatever_order():
     first, second = answers("0110"), answers("1010")[::-1]
     second[0]["gold"] = "7"  # the same question, another gold: not the same
-    second.append(second[2])  # asked twice in one, once in the other
+    second.append(second[1] | {"strict": 0})  # asked twice
+    first.append(first[2])  # and the other way round: each answer counts once
+    first.append(first[2])
     ours, theirs = report.shared(first, second)
-    assert [row["question"] for row in ours] == [f"What is {i} + 1?" for i in (0, 1, 2)]
-    assert [row["strict"] for row in theirs] == [1, 0, 1]
+    assert [row["question"] for row in ours] == [f"What is {i} + 1?" for i in (0, 1, 2, 2)]
+    assert [row["strict"] for row in theirs] == [1, 0, 1, 0]
 
 
 # ---- One run -------------------------------------------------------------------------------------
@@ -337,6 +339,12 @@ def test_no_text_steers_the_terminal_or_the_picture(tmp_path, capsys):
     assert not {c for c in said if not c.isprintable()} - set("\n\t")
     assert "[bold]" in said and "owned" in said  # shown, as text
     assert (run / "progress.png").is_file() and (tmp_path / "comparison.png").is_file()
+
+
+def test_names_in_a_table_are_no_markup(capsys):
+    report.print_table(":smile:", ["[bold]x"], [["[red]y[/]"]])
+    said = capsys.readouterr().out
+    assert ":smile:" in said and "[bold]x" in said and "[red]y[/]" in said
 
 
 def test_names_in_the_picture_are_no_formulas_and_are_not_hidden():
