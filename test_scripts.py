@@ -32,6 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the quickest for a model this s
 import infer
 import laptop
 import reasoning_model_grpo as script
+import report
 from rewards import FORMATS, parse_number
 
 HERE = Path(__file__).resolve().parent
@@ -2267,7 +2268,7 @@ def test_unsloths_patched_classes_take_what_we_set_and_train(unsloth_python, tmp
 
 # ---- The documents and the notebook --------------------------------------------------------------
 DOCUMENTS = ("README.md", "RESULTS.md", "CONTRIBUTING.md")
-MAINS = {"reasoning_model_grpo.py": script, "infer.py": infer}
+MAINS = {"reasoning_model_grpo.py": script, "infer.py": infer, "report.py": report}
 BLOCK = re.compile(r"^(<!-- runnable -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CALL = re.compile(r"(?:\bpython|accelerate launch(?: --(?!recipe)\w+(?: \w+)?)*) "
                   r"(reasoning_model_grpo\.py|infer\.py)\b([^`&|\n]*)")
@@ -2317,11 +2318,13 @@ def test_the_readmes_runnable_blocks_run(copied, tiny_model, monkeypatch, capsys
             if MAINS[file] is script:
                 data = [] if "--dataset" in argv else ["--dataset", "data.jsonl"]
                 whole([*argv, *tiny, *data])
-            else:
+            elif MAINS[file] is infer:
                 infer.main([*argv, "--max-tokens", "8"])
+            else:
+                report.main(argv)
             printed = capsys.readouterr()
             marks = {"--dry-run": "[gold: ", "--evaluate": "strict accuracy",
-                     "--jsonl": "answer"}
+                     "--jsonl": "answer", "outputs/smollm2-135m": "picture: "}
             mark = next((marks[word] for word in argv if word in marks), "answer: ")
             assert mark in printed.out + printed.err, line
         ran += 1
