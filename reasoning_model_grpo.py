@@ -238,8 +238,6 @@ def parse_options(argv: list[str] | None, rewards: list[str] | None = None) -> a
         print(f"watch: {problem}")
     recipe = recipe or ("qwen-3b" if gpu() else "smollm2-135m")
     parser.set_defaults(**RECIPES[recipe] | {"recipe": recipe})
-    if gpu() and not run_dir:
-        parser.set_defaults(**smaller_batches(parser.parse_args(argv), typed))
     recorded = recorded_by_adapter(given) if given.adapter or given.model else {}
     if run_dir:
         recorded = record["options"] | {"output_dir": str(run_dir)}
@@ -267,20 +265,6 @@ def typed_names(argv: list[str], parser) -> set[str]:
     """The options that stand in a command line, by the names they have in `args`."""
     flags = {word.partition("=")[0] for word in argv}
     return {action.dest for action in parser._actions if flags & set(action.option_strings)}
-
-
-def smaller_batches(args, typed: set[str]) -> dict:
-    """Micro-batches that fit a card of up to 17 GB where TRL keeps several copies of the logits of
-    a large vocabulary; as many completions a step as before."""
-    through_trl = args.backend == "transformers" or args.full_finetune or processes() > 1 or (
-        not installed("unsloth"))
-    if not through_trl or gpu().total_memory > 17e9 or args.batch_size <= 4 or (
-            "batch_size" in typed):
-        return {}
-    fewest = fewest_batches(args.num_generations, args.batch_size)
-    batches = args.gradient_accumulation_steps or fewest
-    return {"batch_size": 4, "gradient_accumulation_steps": math.ceil(
-        batches * args.batch_size / 4)}
 
 
 def recorded_by_adapter(given) -> dict:
@@ -340,6 +324,11 @@ def ask_the_machine(args) -> None:
         fewest = fewest_batches(args.num_generations, args.batch_size)
         wanted = args.gradient_accumulation_steps or 1
         args.gradient_accumulation_steps = fewest * math.ceil(wanted / fewest)
+    small_card = gpu() and gpu().total_memory < 17e9 and args.backend == "transformers"
+    if small_card and args.batch_size % 4 == 0 and "batch_size" not in args.typed:
+        # TRL keeps several copies of the logits: four at a time, as many completions a step.
+        args.gradient_accumulation_steps *= args.batch_size // 4
+        args.batch_size = 4
     if args.eval_steps is None:  # five times 64 completions, against a tenth of those of training
         cheap = (args.max_steps >= 20 and "save_steps" not in args.typed
                  and args.max_steps * completions_a_step(args) >= 3200)
@@ -1686,13 +1675,8 @@ def find_run(output_dir: str | None) -> Path:
         f"no run in {output_dir or 'outputs/'} to go on with; start without --resume")
 
 
-def choose_run_dir(args) -> Path:
-    """The run to resume, or a fresh directory: a taken one gets a number."""
-    path = Path(args.output_dir or f"outputs/{args.recipe}")
-    return path if args.resume else free_directory(path)
-
-
 def free_directory(path: Path) -> Path:
+    """The directory, or, where it holds something, one with a number."""
     path, n = path if path.name else path.resolve(), 1  # "."
     wanted = path.name
     while path.is_dir() and any(path.iterdir()):
@@ -1772,7 +1756,9 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
     given = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or ())
     labels = [getattr(func, "__name__", type(func).__name__) for func in given]
     args = parse_options(argv, [f"{label}{FROM_PYTHON}" for label in labels])
-    run_dir = choose_run_dir(args)  # in all processes, before one makes it
+    run_dir = Path(args.output_dir or f"outputs/{args.recipe}")
+    if not args.resume:
+        run_dir = free_directory(run_dir)  # in all processes, before one makes it
     start_backend(args)
     # One process downloads, the others find it; later they wait while it evaluates, maybe hours.
     with accelerate.PartialState(cpu=not gpu(), timeout=timedelta(hours=12)).main_process_first():
