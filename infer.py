@@ -545,7 +545,8 @@ def evaluate(args) -> None:
 def held_out_rows(script, args, options, base, tokenizer) -> list[dict]:
     """The questions with their prompts: of --dataset, those that the adapter's run asked, or those
     that its record leads to."""
-    asked = base.adapter and script.read_jsonl(base.adapter.parent / "evaluation_before.jsonl")
+    run_dir = (base.adapter or Path(base.path)).parent
+    asked = script.read_jsonl(run_dir / "evaluation_before.jsonl") if base.run else []
     if args.dataset:
         options.dataset, options.dataset_config = script.existing_path(args.dataset), None
         source, train, test = script.find_rows(options)
