@@ -197,6 +197,9 @@ def notebook(tmp_path_factory, tiny_model):
         "alone": "from importlib.util import find_spec\n"
                  "print([find_spec(n) for n in ('laptop', 'reasoning_model_grpo', 'infer')])",
         "first": pasted("reasoning_model_grpo.py", f"main({arguments(tiny_model, reward=reward)})"),
+        "report": "import importlib, shutil\n"
+                  f"shutil.copy({str(HERE / 'report.py')!r}, '.')\n"
+                  "importlib.invalidate_caches()",
         "second": "def digits(completions, **kwargs):\n"
                   "    return [len(c[0]['content'].encode()) % 7 for c in completions]\n"
                   f"model, tokenizer, trainer = main({arguments(tiny_model)},\n"
@@ -223,7 +226,7 @@ def notebook(tmp_path_factory, tiny_model):
 
 
 @pytest.mark.slow
-def test_pasted_into_a_cell_it_trains_saves_measures_and_draws(notebook):
+def test_pasted_into_a_cell_it_trains_saves_and_measures(notebook):
     place, said = notebook
     assert said["alone"]["stdout"].strip() == "[None, None, None]"
     first, run = said["first"], place / "outputs/smollm2-135m"
@@ -231,7 +234,8 @@ def test_pasted_into_a_cell_it_trains_saves_measures_and_draws(notebook):
     assert (run / "grpo_saved_lora/adapter_model.safetensors").is_file()
     assert [len(read_rows(run / f"evaluation_{stage}.jsonl")) for stage in ("before", "after")] == [
         4, 4]
-    assert (run / "progress.png").read_bytes()[:4] == b"\x89PNG" and first["images"] == 1
+    assert "after GRPO: " in first["stdout"] and "of 4 right in the format" in first["stdout"]
+    assert not (run / "progress.png").exists() and "report.py beside" in first["stdout"]
     missing = [name for name in ("first", "second")
                for _ in range(sum(said[name].get(s, "").count("laptop.py") for s in (
                    "stdout", "stderr")))]
@@ -241,7 +245,10 @@ def test_pasted_into_a_cell_it_trains_saves_measures_and_draws(notebook):
 @pytest.mark.slow
 def test_a_second_cell_runs_again_beside_the_first(notebook):
     place, said = notebook
-    assert not said["second"]["error"], said["second"]
+    second, run = said["second"], place / "outputs/smollm2-135m-2"
+    assert not second["error"], second
+    assert "95 % intervals" in second["stdout"] and second["images"] == 1  # report.py is there now
+    assert (run / "progress.png").read_bytes()[:4] == b"\x89PNG"
     assert "GRPOTrainer <|im_end|>" in said["second"]["stdout"]
     assert "rewards:   1 digits" in said["second"]["stdout"]
     assert sorted(p.name for p in (place / "outputs").iterdir()) == [
@@ -2343,7 +2350,7 @@ def test_the_notebook_runs_and_run_again_it_resumes(tmp_path, tiny_model, monkey
     import nbformat
 
     place = furnish(tmp_path)
-    for name in ("reasoning_model_grpo.py", "rewards.py", "infer.py", "laptop.py"):
+    for name in ("reasoning_model_grpo.py", "rewards.py", "infer.py", "laptop.py", "report.py"):
         shutil.copy(HERE / name, place)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     options = shlex.join(arguments(tiny_model))
