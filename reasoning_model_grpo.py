@@ -35,6 +35,7 @@ import sys
 import time
 import urllib.request
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -982,8 +983,8 @@ def check_model(args, base: Base) -> tuple[int, int | None]:
         model = transformers.AutoModelForCausalLM.from_config(config)
         model.tie_weights()
     parameters = model.num_parameters()
-    if base.adapter:
-        put_adapter(model, base.adapter)  # or stop, before any weight of the base is loaded
+    if base.adapter:  # or stop, before any weight of the base is loaded
+        merge(put_adapter(model, base.adapter, is_trainable=not only_exports(args)))
     elif not args.full_finetune:
         check_targets(args.lora_targets, model)
     return parameters, getattr(config, "max_position_embeddings", None)
@@ -1059,7 +1060,18 @@ def put_adapter(model, saved: Path, is_trainable: bool = False):
     """The model with the saved adapter on it; stops unless every tensor of it fits and matters."""
     with one_line(f"the adapter {saved} can't be put on this model"):
         weights = peft.load_peft_weights(str(saved), device="cpu")
-        model = peft.PeftModel.from_pretrained(model, str(saved), is_trainable=is_trainable)
+        config = peft.PeftConfig.from_pretrained(str(saved))
+        begun = getattr(config, "init_lora_weights", None)
+        if "niter" in str(begun):
+            stop(f"the adapter {saved} began at random ({begun}), where no one can begin again: "
+                 "save it with PEFT's path_initial_model_for_weight_conversion")
+        if getattr(config, "layer_replication", None):
+            stop(f"the adapter {saved} uses layers twice (layer_replication), which no saved model "
+                 "can: it is not taken")
+        if model.device.type == "meta" and begun in ("olora", "pissa"):
+            config.init_lora_weights = True  # those take the base's weights apart
+        model = peft.PeftModel.from_pretrained(
+            model, str(saved), is_trainable=is_trainable, config=config)
         loaded = model.load_adapter(str(saved), "default", is_trainable=is_trainable)
     missing, foreign = loaded.missing_keys, loaded.unexpected_keys
     if missing or foreign:
@@ -1070,20 +1082,27 @@ def put_adapter(model, saved: Path, is_trainable: bool = False):
         stop(f"the adapter {saved} holds values that are no finite numbers")
     if not any(value.any() for name, value in weights.items() if "lora_A" not in name):
         stop(f"the adapter {saved} changes nothing: its weights are zero")
+    if is_trainable:
+        own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        if beside := [name for name in weights.keys() - own if ".base_layer." not in name]:
+            stop(f"the adapter {saved} also holds {beside[0]} of its base, which training would "
+                 "lose: --export merged, and train what that makes")
     return model
 
 
 def merge(model):
-    """A PEFT model as one, the adapter in its weights. Where embeddings and head are one matrix and
-    the adapter is on one of them, they are parted before: else it would change the other, too."""
+    """A PEFT model as one, the adapter in its weights. Layers that share a matrix, as embeddings
+    and head do, are parted where the adapter is on one: else it would change the others, too."""
     whole = model.get_base_model()
-    layers = whole.get_input_embeddings(), whole.get_output_embeddings()
-    if layers[1] is not None and layers[0].weight is layers[1].weight:
-        for layer in layers:
-            if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
-                own = layer.get_base_layer()
+    users = Counter(id(weight) for module in whole.modules()
+                    for weight in module.parameters(recurse=False))
+    for layer in whole.modules():
+        if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
+            own = layer.get_base_layer()
+            if users[id(getattr(own, "weight", None))] > 1:
                 own.weight = torch.nn.Parameter(own.weight.detach().clone())
-    whole = model.merge_and_unload()
+    with one_line("this adapter can't be made one with its base"):
+        whole = model.merge_and_unload()
     table, head = whole.get_input_embeddings(), whole.get_output_embeddings()
     if head is not None:
         whole.config.tie_word_embeddings = head.weight is table.weight
