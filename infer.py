@@ -295,21 +295,33 @@ def engine_of(args, tokenizer, generate, lora):
 def beyond_vllm(adapter: Path | None) -> str | None:
     """What of an adapter vLLM would refuse, or leave out in silence; None where it is a plain LoRA
     of matrices in the layers."""
-    if adapter is None or not (adapter / "adapter_model.safetensors").is_file():
+    if adapter is None:
         return None
-    from safetensors import safe_open
-
-    record = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    for name in ("use_dora", "alpha_pattern", "modules_to_save", "trainable_token_indices",
-                 "layer_replication"):
+    try:
+        record = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        names = tensor_names(adapter)
+    except Exception as problem:  # transformers says what is wrong with it
+        return f"files that can't be read: {problem}"
+    for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "use_qalora",
+                 "trainable_token_indices", "layer_replication", "alora_invocation_tokens",
+                 "arrow_config"):
         if record.get(name):
             return name
     if record.get("init_lora_weights", True) not in (True, False, None, "gaussian"):
         return f"init_lora_weights {record['init_lora_weights']}"
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
-        names = list(tensors.keys())
     plain = re.compile(r".*\.\d+\..*\.lora_[AB]\.weight")
     return next((name for name in names if not plain.fullmatch(name)), None)
+
+
+def tensor_names(adapter: Path) -> list[str]:
+    import torch
+    from safetensors import safe_open
+
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        return list(torch.load(file.with_suffix(".bin"), "cpu", weights_only=True))
+    with safe_open(file, "pt") as tensors:
+        return list(tensors.keys())
 
 
 ENGINES = {"transformers": with_transformers, "vllm": with_vllm, "unsloth": with_unsloth}
