@@ -394,9 +394,9 @@ def speed_up(model):
 def merged(model):
     """Within, the adapter of a PEFT model is part of its weights, if it is on and they are plain
     (yields whether so). After, they are the very tensors from before: unmerging would round."""
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     bases = [layer.get_base_layer() for layer in layers]
     tied = model.get_base_model().get_input_embeddings().weight
     if (not layers or any(layer.disable_adapters or layer.merged for layer in layers)
