@@ -11,7 +11,6 @@ import pytest
 
 import report
 
-HERE = Path(__file__).resolve().parent
 EVIL = "\x1b[2J\x1b]0;owned\x07 \u202egnp\r <script>alert(1)</script> [bold]$x_1$ \ud800"
 
 
@@ -22,9 +21,8 @@ def answers(marks: str, first: int = 0, **more) -> list[dict]:
              "flexible": 1, "format": int(mark)} | more for i, mark in enumerate(marks)]
 
 
-def steps(n: int, reward=1.0) -> list[dict]:
-    return [{"step": i, "loss": 0.1, "reward": reward, "rewards/correctness_reward_func/mean": 0.5,
-             "rewards/_own/mean": 0.25, "completions/mean_length": 20.0,
+def steps(n: int) -> list[dict]:
+    return [{"step": i, "reward": 1.0, "rewards/_own/mean": 0.25, "completions/mean_length": 20.0,
              "completions/clipped_ratio": 0.5} for i in range(1, n + 1)]
 
 
@@ -32,11 +30,9 @@ def lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def make_run(place: Path, metrics=(), record=None, **stages) -> Path:
+def make_run(place: Path, metrics=(), **stages) -> Path:
     """A run's directory: before=rows is evaluation_before.jsonl, measured=rows evaluation.jsonl."""
     place.mkdir(parents=True)
-    record = {"base_model": "base", "seed": 0, "options": {"max_steps": 9}} | (record or {})
-    (place / "args.json").write_text(json.dumps(record))
     if metrics:
         (place / "metrics.jsonl").write_text(lines(metrics))
     for stage, rows in stages.items():
@@ -46,14 +42,11 @@ def make_run(place: Path, metrics=(), record=None, **stages) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path) -> Path:
-    return make_run(tmp_path / "first", steps(4), before=answers("0000000000"),
-                    warm_start=answers("0000000111"), after=answers("1111110111"))
-
-
-@pytest.fixture(autouse=True)
-def wide(monkeypatch):
+def run(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("COLUMNS", "160")
+    metrics = [*steps(4), {"step": 4, "eval_reward": 1.0}, {"step": 4, "train_runtime": 9.0}]
+    return make_run(tmp_path / "first", metrics, before=answers("0000000000"),
+                    warm_start=answers("0000000111"), after=answers("1111110111"))
 
 
 @pytest.fixture
@@ -62,12 +55,12 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(report, "draw", lambda path, *_: path.write_text("picture"))
 
 
-def fails(capsys, *argv) -> str:
-    """The one line on stderr in which the command ends."""
+def fails(capsys, function, argument) -> str:
+    """The one line on stderr in which the call ends."""
     with pytest.raises(SystemExit) as ended:
-        report.main(list(map(str, argv)))
+        function(argument)
     said = capsys.readouterr()
-    assert ended.value.code == 2 and not said.out, said
+    assert ended.value.code == 2
     assert said.err.startswith("error: ") and said.err.count("\n") == 1, said.err
     return said.err
 
@@ -91,8 +84,6 @@ def test_statistics_match_published_values():
     assert report.pass_at_k(10, 3, 1) == pytest.approx(0.3) and report.pass_at_k(10, 3, 8) == 1.0
     change = report.verdict(answers("0" * 9 + "11"), answers("1" * 11))
     assert change["words"].startswith("strict accuracy rose by 81.8 points, McNemar p = 0.0039")
-    change = report.verdict(answers("1" * 9 + "11"), answers("0" * 9 + "11"))
-    assert change["words"].startswith("strict accuracy fell by 81.8 points")
     assert report.verdict(answers("10"), answers("01"))["words"].startswith("no significant")
 
 
@@ -102,8 +93,7 @@ def test_a_summary_counts_each_metric_and_estimates_pass_at_k():
     summary = report.summarise(rows)
     assert (summary["n"], summary["mean_tokens"]) == (4, 11.5)
     assert [summary[metric]["count"] for metric in ("strict", "flexible", "majority")] == [3, 4, 2]
-    assert summary["pass_at_k"] == {1: pytest.approx(0.5), 2: pytest.approx((0 + 2 / 3 + 2) / 4),
-                                    3: 0.75}
+    assert summary["pass_at_k"] == pytest.approx({1: 0.5, 2: (0 + 2 / 3 + 2) / 4, 3: 0.75})
     assert "majority" not in report.summarise(answers("01"))
 
 
@@ -111,194 +101,109 @@ def test_rows_are_paired_by_question_and_gold_in_whatever_order():
     first, second = answers("0110"), answers("1010")[::-1]
     second[0]["gold"] = "7"  # the same question, another gold: not the same
     second.append(second[1] | {"strict": 0})  # asked twice
-    first.append(first[2])  # and the other way round: each answer counts once
-    first.append(first[2])
-    ours, theirs = report.shared(first, second)
-    assert [row["question"] for row in ours] == [f"What is {i} + 1?" for i in (0, 1, 2, 2)]
-    assert [row["strict"] for row in theirs] == [1, 0, 1, 0]
+    first += [first[2], first[2]]  # and the other way round: each answer counts once
+    pairs = [(ours["gold"], theirs["gold"], theirs["strict"])
+             for ours, theirs in report.shared(first, second)]
+    assert pairs == [("1", "1", 1), ("2", "2", 0), ("3", "3", 1), ("3", "3", 0)]
 
 
 # ---- One run -------------------------------------------------------------------------------------
 def test_one_run_shows_stages_changes_and_the_greatest_gain_and_writes_its_files(run, capsys):
-    said = shown(capsys, run)
-    assert "first: 4 of 9 GRPO steps" in said and "10 held-out questions, 95 % intervals" in said
+    (run / "progress.png").write_text("old")
+    assert report.show(run) is None
+    said = capsys.readouterr().out
     (strict,) = [line for line in said.splitlines() if "strict accuracy  " in line]
     assert re.findall(r"[\d.]+ % \([\d.]+–[\d.]+\)", strict) == [
         "0.0 % (0.0–27.8)", "30.0 % (10.8–60.3)", "90.0 % (59.6–98.2)"]
+    assert "10 held-out questions, 95 % intervals" in said
     assert "before → after warm start: no significant change of strict accuracy (+30.0" in said
     assert "before → after GRPO: strict accuracy rose by 90.0 points, McNemar p = 0.0039" in said
     assert "question: What is 0 + 1? (gold: 1)\n--- before (wrong)\nanswer 0\n--- after (right)\n" \
         "answer 1\n" in said
-    assert said.splitlines()[-1] == f"in {run}: evaluation.json, progress.png"
     found = json.loads((run / "evaluation.json").read_text())
     assert list(found["stages"]) == ["before", "after warm start", "after GRPO"]
-    assert found["stages"]["after GRPO"]["strict"]["count"] == 9
-    assert list(found["changes"]) == ["before → after warm start", "after warm start → after GRPO",
-                                      "before → after GRPO"]
+    assert found["stages"]["after GRPO"]["strict"]["count"] == 9 and len(found["changes"]) == 3
     assert (run / "progress.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(files_of(run)) == 6
 
 
-def test_show_does_the_same_from_python_and_rewrites_what_it_made(run, capsys):
-    (run / "progress.png").write_text("old")
-    assert report.show(run) is None
-    assert "before → after GRPO: strict accuracy rose" in capsys.readouterr().out
-    assert (run / "progress.png").read_bytes()[:4] == b"\x89PNG"
-    assert files_of(run) == {"args.json", "metrics.jsonl", "evaluation.json", "progress.png",
-                             *(f"evaluation_{s}.jsonl" for s in ("before", "warm_start", "after"))}
-
-
-@pytest.mark.parametrize("record, label", [
-    ({"adapter": "outputs/x/grpo_saved_lora"}, "outputs/x/grpo_saved_lora"), ({}, "base"),
-    ({"base_model": None}, "m")])
-def test_what_was_measured_alone_is_called_by_what_was_measured(tmp_path, capsys, record, label):
+def test_what_was_measured_alone_shows_majority_vote_and_pass_at_k(tmp_path, capsys):
     rows = [row | {"samples": ["a", "b"], "right": 1, "majority": 1} for row in answers("0011")]
-    said = shown(capsys, make_run(tmp_path / "m", record=record, measured=rows))
-    assert list(json.loads((tmp_path / "m/evaluation.json").read_text())["stages"]) == [label]
+    said = shown(capsys, make_run(tmp_path / "m", measured=rows))
+    assert files_of(tmp_path / "m") == {"evaluation.json", "evaluation.jsonl"}
+    assert "measured alone" in said and "question:" not in said  # nothing to compare it with
     assert re.search(r"majority vote +│ 100\.0 %", said) and re.search(r"pass@1 +│ 50\.0 %", said)
-    assert "GRPO" not in said and "question:" not in said  # nothing to compare it with
-    assert not (tmp_path / "m/progress.png").exists()
 
 
-def test_completions_become_a_page_that_shows_text_as_text(run, capsys, undrawn):
+def test_completions_become_a_page_that_shows_text_as_text(run, undrawn):
     (run / "completions").mkdir()
-    for step in range(1, 13):
+    for step in range(1, 17):
         table = pandas.DataFrame({
             "step": [step] * 9, "prompt": "asked", "completion": f"{EVIL[:-1]}\\nu\nv",
-            "<i>_reward_func": 0.5, "advantage": 1.0, "answer": "1", "question": "q"})
+            "<i>": 0.5, "advantage": 1.0, "answer": "1" * 99, "question": "q"})
         table.to_parquet(run / f"completions/c_{step:05d}.parquet")
-    (run / "completions/c_00013.parquet").write_bytes(b"PAR1 torn")  # of the step it broke in
     report.main([str(run)])
-    said = capsys.readouterr()
-    assert said.err.count("\n") == 1 and "c_00013.parquet is damaged" in said.err
-    assert said.out.splitlines()[-1].endswith("progress.png, completions.html")
     page = (run / "completions.html").read_text()
-    heads = re.findall("<th>(.*?)</th>", page)
-    assert heads == ["step", "question", "answer", "completion", "&lt;i&gt;"]
-    assert "<script" not in page and "&lt;script&gt;alert(1)" in page
+    assert re.findall("<th>(.*?)</th>", page) == [
+        "step", "completion", "&lt;i&gt;", "answer", "question"]
+    assert "<script" not in page and "&lt;script&gt;alert(1)" in page and "1" * 99 in page
     assert "\\nu\nv</td>" in page  # a backslash is no newline, a newline is one
-    shown_steps = re.findall("<tr>\n +<td>(\\d+)</td>", page)
-    assert len(shown_steps) == 8 * 7 and shown_steps[0] == "1" and shown_steps[-1] == "11"
+    assert page.count("<tr>") == 6 * 8 and "prompt" not in page
 
 
 # ---- Broken and damaged runs ---------------------------------------------------------------------
-def test_a_run_that_broke_is_shown_as_far_as_it_came(run, capsys):
-    (run / "evaluation_after.jsonl").unlink()
-    whole = (run / "metrics.jsonl").read_text()
-    (run / "metrics.jsonl").write_text(whole[:-30])
-    report.main([str(run)])
-    said = capsys.readouterr()
-    assert said.err == f"watch: {run / 'metrics.jsonl'} ends in the middle of line 4, which is " \
-        "left out\n"
-    assert "first: 3 of 9 GRPO steps" in said.out and "before → after warm start: " in said.out
-    assert "after GRPO" not in said.out and (run / "progress.png").is_file()
-
-
-@pytest.mark.parametrize("kept, last", [
-    (["args.json"], "no evaluation and no GRPO step there yet"),
-    (["args.json", "metrics.jsonl"], "in first: progress.png"),
-    (["metrics.jsonl"], "in first: progress.png"),
-    (["evaluation_before.jsonl"], "in first: evaluation.json"),
-    (["evaluation_after.jsonl", "metrics.jsonl"], "in first: evaluation.json, progress.png"),
-])
-def test_any_file_of_a_run_may_be_missing(run, capsys, monkeypatch, kept, last):
-    monkeypatch.chdir(run.parent)
-    for path in run.iterdir():
-        if path.name not in kept:
-            path.unlink()
-    assert shown(capsys, "first").splitlines()[-1] == last
-    other = make_run(run.parent / "other", steps(1), after=answers("01"))
-    said = shown(capsys, "first", "other")
-    assert "other" in said and Path("comparison.png").is_file(), other
-
-
-def test_steps_with_nothing_but_a_reward_are_drawn(tmp_path, capsys):
-    rows = [{"step": 1, "reward": 1.0}, {"step": 2, "reward": float("nan")},
-            {"step": 2, "reward": None, "completions/mean_length": "long"}, {"step": 3},
-            {"step": 4, "eval_reward": 1.0}, {"train_runtime": 9.0}]
-    assert "2 of 9" not in shown(capsys, make_run(tmp_path / "a", rows))
-    assert (tmp_path / "a/progress.png").is_file()
-    shown(capsys, tmp_path / "a", make_run(tmp_path / "b", steps(2)))
-    assert (tmp_path / "comparison.png").is_file()
+@pytest.mark.parametrize("kept, made", [
+    ({"metrics.jsonl"}, {"progress.png"}), ({"evaluation_before.jsonl"}, {"evaluation.json"}),
+    ({"evaluation_after.jsonl", "metrics.jsonl"}, {"evaluation.json", "progress.png"}),
+    ({"evaluation_before.jsonl", "evaluation_warm_start.jsonl"},
+     {"evaluation.json", "progress.png"})])
+def test_a_run_that_broke_is_shown_as_far_as_it_came(run, kept, made):
+    for name in files_of(run) - kept:
+        (run / name).unlink()
+    report.show(run)
+    assert files_of(run) == kept | made
 
 
 @pytest.mark.parametrize("name, text", [
-    ("args.json", "{"), ("args.json", "[]"), ("metrics.jsonl", '{"step": 1\n{"step": 2}\n'),
+    ("metrics.jsonl", '{"step": 1\n{"step": 2}\n'), ("metrics.jsonl", '{"step": 1}\n{"st'),
     ("evaluation_after.jsonl", "1\n{}\n"), ("evaluation_after.jsonl", '{"question": "q"}\n'),
-    ("evaluation_after.jsonl", b"\xff\n\n".decode("latin-1")),
-    ("evaluation_before.jsonl", lines(answers("01", tokens="9"))),
-    ("evaluation_before.jsonl", lines(answers("01", gold=None))),
-    ("evaluation.jsonl", lines(answers("01", samples=["a"], right=2))),
-    ("evaluation.jsonl", lines(answers("0", samples=["a"], right=1) + answers("0"))),
-    ("evaluation.jsonl", lines(answers("01", strict=3))),
-])
-def test_a_damaged_file_is_named_in_one_line(run, capsys, name, text):
+    ("evaluation_after.jsonl", "\xff\n\n"), ("completions/c_1.parquet", "PAR1 torn"),
+    ("evaluation.jsonl", lines(answers("01", samples=["a"], right=2)))])
+def test_a_damaged_file_is_named_in_one_line(run, capsys, undrawn, name, text):
+    (run / "completions").mkdir()
     (run / name).write_text(text, encoding="latin-1")
-    assert f"{run / name} is damaged" in fails(capsys, run)
-    assert not (run / "progress.png").exists()
-
-
-def test_no_run_is_one_line_that_says_what_to_type(run, capsys, monkeypatch):
-    (run / "grpo_saved_lora").mkdir()
-    (run / "grpo_saved_lora/args.json").write_text("{}")  # an adapter has one, too
-    for path in (run.parent, run.parent / "frist", run / "grpo_saved_lora", run / "metrics.jsonl"):
-        said = fails(capsys, path)
-        assert f"error: {path} is no run: it has no args.json, metrics.jsonl or evaluation" in said
-        assert said.endswith(f"type {run}\n")
+    assert f"{run / name} is damaged" in fails(capsys, report.show, run)
 
 
 @pytest.mark.parametrize("argv, wanted", [
+    (["."], "error: . holds no metrics.jsonl or evaluation*.jsonl: name a run's directory"),
+    (["frist"], "frist holds no"), (["first/metrics.jsonl"], "first/metrics.jsonl holds no"),
     ([], "required: RUN"), (["first", "--jsno"], "unrecognized arguments: --jsno"),
-    (["first", "first/"], "given twice"), (["first", "--output", "a.png"], "of several runs"),
-    (["first", "b", "--output", "a.jpg"], "must end in .png"),
-    (["first", "b", "--output", "no/a.png"], "no directory no"),
-    (["first", "b", "--json", "--output", "a.png"], "--json draws nothing"),
-    (["x" * 300], "File name too long"), (["\x1b[2J"], "error:  [2J is no run"),
-])
+    (["first", "--output", "a.png"], "several"), (["a", "b", "--json", "--output", "c"], "several"),
+    (["x" * 300], "File name too long"), (["\x1b[2J"], "error: [2J holds no")])
 def test_a_wrong_command_is_one_line(run, capsys, monkeypatch, argv, wanted):
     monkeypatch.chdir(run.parent)
-    assert wanted.replace("  ", " ") in fails(capsys, *argv)
+    assert wanted in fails(capsys, report.main, argv)
     assert files_of(run.parent) == {"first"}
 
 
 # ---- Several runs --------------------------------------------------------------------------------
-def test_several_runs_are_one_table_one_picture_and_mcnemar(run, capsys):
-    second = make_run(run.parent / "second", steps(2), {"seed": 7},
-                      before=answers("1" + 9 * "0"), after=answers("1000000000")[::-1])
-    said = shown(capsys, run, second)
-    first_row, second_row = (next(i for i, line in enumerate(said.splitlines())
-                                  if line.startswith(name)) for name in ("first ", "second "))
-    rows = said.splitlines()
-    assert rows[first_row].split() == ["first", "0.0", "%", "30.0", "%", "90.0", "%", "90.0", "%",
-                                       "14", "10"]
-    assert rows[second_row].split() == ["second", "10.0", "%", "–", "10.0", "%", "10.0", "%", "14",
-                                        "10"]
-    assert "4 steps" in rows[first_row + 1] and "(59.6–98.2)" in rows[first_row + 1]
-    assert "\nseed: 0 | 7\n" in said and "base_model:" not in said  # what differs
-    assert ("first → second, after GRPO: strict accuracy fell by 80.0 points, McNemar p = 0.0078, "
-            "n = 10 shared questions") in said
-    assert rows[-1] == f"picture: {run.parent / 'comparison.png'}"
-    assert (run.parent / "comparison.png").read_bytes()[:4] == b"\x89PNG"
-    assert "progress.png" not in files_of(run) | files_of(second)
-
-
-def test_only_questions_that_both_answered_are_compared(run, capsys, undrawn):
-    other = make_run(run.parent / "b", after=answers("11111", first=6))
-    apart = make_run(run.parent / "c", measured=answers("11", first=60))
-    said = shown(capsys, run, other, apart)
-    assert re.search("first → b, after GRPO: no significant.*n = 4 shared questions", said)
-    assert "first (after GRPO) → c (measured): they share no question" in said
-    assert "Bonferroni" not in said  # one test
-    rows = answers("0000000", samples=["a", "b"], right=1, majority=1)
-    said = shown(capsys, run, other, make_run(run.parent / "d", measured=rows))
-    assert re.search("majority .*\n.* vote ", said) and "100.0 %" in said
-    assert "of 3 tests some may look significant by chance: ask for p < 0.017" in said
-
-
-def test_runs_of_one_name_are_told_apart(tmp_path, capsys):
-    paths = [make_run(tmp_path / part / "run", after=answers("01")) for part in ("a", "b", "b/c")]
-    said = json.loads(shown(capsys, *paths, make_run(tmp_path / "own", after=answers("0")),
-                            "--json"))
-    assert [one["name"] for one in said["runs"]] == ["a/run", "b/run", "c/run", "own"]
+def test_several_runs_are_one_table_one_picture_and_mcnemar(run, capsys, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    make_run(Path("second"), steps(2), before=answers("1000000000"), after=answers("0000000001"))
+    make_run(Path("c"), measured=answers("11", first=60))
+    said = shown(capsys, "first", "second", "c")
+    rows = [re.split(" *│ *", line)[1:-1] for line in said.splitlines() if line.startswith("│")]
+    assert [row[:2] for row in rows] == [
+        ["first", "before"], ["first", "after warm start"], ["first", "after GRPO"],
+        ["second", "before"], ["second", "after GRPO"], ["c", "measured alone"]]
+    assert rows[2][2:] == ["90.0 % (59.6–98.2)", "90.0 % (59.6–98.2)", "14", "10"]
+    assert ("first, after GRPO → second, after GRPO: strict accuracy fell by 80.0 points, "
+            "McNemar p = 0.0078, n = 10 shared questions") in said
+    assert "first, after GRPO → c, measured alone: nothing to compare, n = 0 shared" in said
+    assert said.splitlines()[-1] == f"picture: {run.parent / 'comparison.png'}"
+    assert Path("comparison.png").read_bytes()[:4] == b"\x89PNG"
+    assert "progress.png" not in files_of(run)
 
 
 def test_nothing_saved_is_overwritten(run, capsys, undrawn):
@@ -313,69 +218,33 @@ def test_nothing_saved_is_overwritten(run, capsys, undrawn):
 
 
 def test_json_is_one_object_and_writes_nothing(run, capsys):
-    other = make_run(run.parent / "b", record={"adapter": EVIL}, measured=answers("11111"))
-    said = shown(capsys, run, other, "--json")
-    found = json.loads(said)
-    assert [(one["name"], one["steps"]) for one in found["runs"]] == [("first", 4), ("b", 0)]
-    assert found["runs"][0]["stages"]["after GRPO"]["strict"]["rate"] == 0.9
-    assert found["runs"][0]["changes"]["before → after GRPO"]["change"] == 0.9
-    (comparison,) = found["comparisons"]
-    assert comparison["runs"] == ["first", "b"] and comparison["shared"] == 5
-    assert comparison["p"] == 1.0 and not {c for c in said if not c.isprintable()} - {"\n"}
-    assert files_of(other) == {"args.json", "evaluation.jsonl"}
-    assert "progress.png" not in files_of(run) and files_of(run.parent) == {"first", "b"}
+    other = make_run(run.parent / "b", measured=answers("11111"))
+    found = json.loads(shown(capsys, run, other, "--json"))
+    first, second = found["runs"]
+    assert [first["name"], first["steps"], second["steps"]] == [str(run), 4, 0]
+    assert first["stages"]["after GRPO"]["strict"]["rate"] == 0.9
+    assert first["changes"]["before → after GRPO"]["change"] == 0.9
+    (comparison,) = found["comparisons"].values()
+    assert comparison["n"] == 5 and comparison["p"] == 1.0
+    assert files_of(other) == {"evaluation.jsonl"} and "progress.png" not in files_of(run)
 
 
 # ---- The screen, the picture, the start ----------------------------------------------------------
+@pytest.mark.filterwarnings("ignore:Glyph")
 def test_no_text_steers_the_terminal_or_the_picture(tmp_path, capsys):
-    name = EVIL[:-1].replace("/", "")
     rows = [row | {"question": EVIL, "gold": EVIL, "completion": EVIL} for row in answers("01")]
-    metrics = [row | {f"rewards/{name}/mean": 0.5} for row in steps(2)]
-    record = {"seed": EVIL, "adapter": EVIL}
-    run = make_run(tmp_path / name, metrics, record, before=rows, after=rows)
-    said = shown(capsys, run)
+    metrics = [row | {"rewards/$\\frac{$/mean": 0.5} for row in steps(2)]
+    run = make_run(tmp_path / EVIL[:-1].replace("/", ""), metrics, before=rows, after=rows)
     other = make_run(tmp_path / "_other", metrics, measured=rows)
-    said += shown(capsys, run, other, make_run(tmp_path / "m", record=record, measured=rows))
+    said = shown(capsys, run) + shown(capsys, run, other)
     assert not {c for c in said if not c.isprintable()} - set("\n\t")
     assert "[bold]" in said and "owned" in said  # shown, as text
     assert (run / "progress.png").is_file() and (tmp_path / "comparison.png").is_file()
 
 
-def test_names_in_a_table_are_no_markup(capsys):
-    report.print_table(":smile:", ["[bold]x"], [["[red]y[/]"]])
-    said = capsys.readouterr().out
-    assert ":smile:" in said and "[bold]x" in said and "[red]y[/]" in said
-
-
-def test_names_in_the_picture_are_no_formulas_and_are_not_hidden():
-    from matplotlib.mathtext import MathTextParser
-
-    assert report.as_label("_own").strip() == "_own" and not report.as_label("_own").startswith("_")
-    assert report.as_label("a$b$") == r"a\$b\$" and len(report.as_label("x" * 99)) == 48
-    MathTextParser("agg").parse(report.as_label("$\\frac{$"))  # raises where it is a formula
-
-
 @pytest.mark.parametrize("argv", [["--help"], ["first", "--json"]])
 def test_it_starts_without_what_it_does_not_need(run, argv):
-    code = f"""
-import runpy, sys
-sys.argv[1:] = {argv}
-try:
-    runpy.run_path({str(HERE / "report.py")!r}, run_name="__main__")
-except SystemExit:
-    pass
-heavy = {{"torch", "matplotlib", "pandas", "rewards", "transformers", "rich"}}
-print(sorted(heavy & set(sys.modules)), file=sys.stderr)"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=run.parent, text=True,
-                          capture_output=True, check=True)
-    assert done.stderr.strip() == "[]" and done.stdout
-
-
-def test_alone_in_a_directory_it_shows_a_run(run, tmp_path):
-    place = tmp_path / "alone"
-    place.mkdir()
-    (place / "report.py").write_bytes((HERE / "report.py").read_bytes())
-    done = subprocess.run([sys.executable, "report.py", run], cwd=place, text=True,
-                          capture_output=True, env={"PATH": "", "MPLBACKEND": "TkAgg"})
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    assert "progress.png" in done.stdout
+    command = [sys.executable, "-X", "importtime", report.__file__, *argv]
+    done = subprocess.run(command, cwd=run.parent, capture_output=True, text=True, check=True)
+    assert "argparse" in done.stderr and done.stdout
+    assert not re.search(r"\| +(torch|matplotlib|pandas|rewards|rich)\n", done.stderr)
