@@ -207,6 +207,8 @@ def print_run(run: Run) -> None:
 
 # ---- Pictures and the page -----------------------------------------------------------------------
 LENGTH, CLIPPED = "completions/mean_length", "completions/clipped_ratio"  # TRL's names
+TITLES = {"reward": "Reward", LENGTH: "Length of an answer, tokens",
+          CLIPPED: "Answers cut off at the limit, of 1"}
 
 
 def draw_run(run: Run, path: Path) -> None:
@@ -214,25 +216,31 @@ def draw_run(run: Run, path: Path) -> None:
     panels, bars = {}, {}
     if run.steps:
         rewards = [name for name in run.steps[0] if re.fullmatch("rewards/.*/mean", name)]
-        for title, columns in (("rewards", rewards), (LENGTH, [LENGTH]), (CLIPPED, [CLIPPED])):
-            panels[title] = [(column, run.steps, column) for column in columns]
+        for title, columns in (("Rewards", rewards), (TITLES[LENGTH], [LENGTH]),
+                               (TITLES[CLIPPED], [CLIPPED])):
+            panels[title] = [(short(column), run.steps, column) for column in columns]
     for metric in ("strict", "flexible", "format"):
         bars[METRICS[metric]] = {name: stage[metric] for name, stage in run.summaries.items()}
-    draw(path, panels, bars)
+    draw(path, panels, bars, "Held-out questions, with 95 % intervals")
 
 
 def draw_runs(runs: list[Run], path: Path) -> None:
     """The curves and the bars of several runs, a colour each."""
     panels, bars = {}, {}
     if any(run.steps for run in runs):
-        for column in ("reward", LENGTH, CLIPPED):
-            panels[column] = [(run.name, run.steps, column) for run in runs]
+        for column, title in TITLES.items():
+            panels[title] = [(run.name, run.steps, column) for run in runs]
     for run in runs:
         bars[run.name] = {name: stage["strict"] for name, stage in run.summaries.items()}
-    draw(path, panels, bars)
+    draw(path, panels, bars, "Strictly right of the held-out questions, with 95 % intervals")
 
 
-def draw(path: Path, panels: dict, bars: dict[str, dict]) -> None:
+def short(column: str) -> str:
+    """rewards/correctness_reward_func/mean: correctness."""
+    return column.removeprefix("rewards/").removesuffix("/mean").removesuffix("_reward_func")
+
+
+def draw(path: Path, panels: dict, bars: dict[str, dict], title: str) -> None:
     """Three or no {title: [(name, steps, column)]} as curves, and {name: {stage: rate}} as bars."""
     import pandas
     from matplotlib import figure, style
@@ -241,8 +249,8 @@ def draw(path: Path, panels: dict, bars: dict[str, dict]) -> None:
         size = 2 if panels else 1
         picture = figure.Figure(figsize=(6.5 * size, 4.5 * size), layout="constrained")
         grid = picture.subplots(size, size, squeeze=False).flat
-        for axes, (title, curves) in zip(grid, panels.items()):
-            axes.set_title(f"{title}, a step's mean (thick: of five)")
+        for axes, (heading, curves) in zip(grid, panels.items()):
+            axes.set(title=heading, xlabel="GRPO step (thick: mean of five)")
             for i, (name, steps, column) in enumerate(curves):
                 curve = pandas.Series({row["step"]: row.get(column) for row in steps}, dtype=float)
                 smooth = curve.rolling(5, center=True, min_periods=1).mean()
@@ -250,8 +258,11 @@ def draw(path: Path, panels: dict, bars: dict[str, dict]) -> None:
                 axes.plot(curve.index, smooth, color=f"C{i}", label=f" {name[-40:]}")
             axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
         draw_bars(grid[-1], bars)
+        grid[-1].set_title(title)
         for axes in grid:
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
+            if len(axes.get_legend_handles_labels()[1]) < 2:
+                continue
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
         picture.savefig(path, dpi=100)
     if "ipykernel" in sys.modules:
         from IPython.display import Image, display
@@ -272,7 +283,7 @@ def draw_bars(axes, bars: dict[str, dict]) -> None:
                            yerr=[[middle - low], [high - middle]])
             axes.bar_label(bar, fmt="%.0f")
     axes.set_xticks(range(len(stages)), stages)
-    axes.set(title="% of the held-out questions, with 95 % intervals", ylim=(0, 108))
+    axes.set(ylim=(0, 108), ylabel="%")
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>Completions during training</title>
