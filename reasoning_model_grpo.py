@@ -575,7 +575,9 @@ def load_questions(args, train=None, test=None) -> tuple[str, list[dict], list[d
         rows, part = read_data(Path(args.eval_dataset))
         held_out = part or rows
         columns = args.eval_question_column or columns[0], args.eval_answer_column or columns[1]
-    held_out = held_out if test is None else parts_of(test)[0]
+    if test is not None:
+        rows, part = parts_of(test)
+        held_out = part or rows
     test = to_questions(held_out, *columns, args.eval_dataset or source, args.skip_bad)
     if not test:
         random.Random(0).shuffle(train)  # not by --seed: training with another one saw them
@@ -1143,6 +1145,7 @@ def load_unsloth(args, base: str, saved: Path | None, limit: int, tokenizer):
 
 # ---- Training ------------------------------------------------------------------------------------
 WARM_START_BATCH = 8  # worked solutions a supervised step
+TRL_GIVES = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 def load_rewards(args, given: list, rows: list[dict]) -> list:
@@ -1151,6 +1154,9 @@ def load_rewards(args, given: list, rows: list[dict]) -> list:
     for i, label in enumerate(args.reward_funcs):
         func, label = given[i] if given else find_reward(label), label.removesuffix(FROM_PYTHON)
         rewards.append(checked(func, label, args.format, rows, tables=i == 0))
+    columns = {name for row in rows for name in row["columns"]}
+    if taken := [name for name in TRL_GIVES if name in columns]:
+        print(f"rewards get what TRL gives as {', '.join(taken)}, not the columns of that name")
     for i, func in enumerate(rewards):  # TRL and the samples tell rewards by their names
         if same := [other.__name__ for other in rewards[:i]].count(func.__name__):
             func.__name__ += f"_{same + 1}"
@@ -1201,10 +1207,11 @@ def checked(func, label: str, fmt: str, rows: list[dict], tables: bool):
     """A reward whose every call is checked: a fault in it must not look like a bad model.
 
     It gets what TRL gives it, and each column of its rows' file, whose values Arrow need not be
-    able to hold. `tables`: it also gives TRL's table of completions the question and the gold, and
-    its metrics `variety`, the share of different texts.
+    able to hold; our own need none. `tables`: it also gives TRL's table of completions the question
+    and the gold, and its metrics `variety`, the share of different texts.
     """
-    names = dict.fromkeys(name for row in rows for name in row["columns"])
+    ours = func in REWARD_FUNCS.values()
+    names = [] if ours else dict.fromkeys(name for row in rows for name in row["columns"])
     more = {}
     with suppress(ValueError):  # what is written in C may have no signature
         if "fmt" in inspect.signature(func).parameters:
@@ -1212,7 +1219,7 @@ def checked(func, label: str, fmt: str, rows: list[dict], tables: bool):
 
     def arguments(row, given: dict) -> dict:
         mine = [rows[i] for i in row]
-        columns = {name: [one["columns"].get(name) for one in mine] for name in names}
+        columns = {str(name): [one["columns"].get(name) for one in mine] for name in names}
         asked = {name: [one[name] for one in mine] for name in ("question", "answer")}
         return more | columns | asked | given
 
@@ -1772,7 +1779,11 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
     """
     begun = time.time()
     take_any_terminal()
-    given = [reward_funcs] if callable(reward_funcs) else list(reward_funcs or ())
+    given = reward_funcs or []
+    given = list(given) if isinstance(given, (list, tuple)) else [given]
+    for one in given:
+        if not callable(one):
+            stop(f"reward_funcs: {one!r} is no function; a model that scores is asked in one")
     labels = [getattr(func, "__name__", type(func).__name__) for func in given]
     args = parse_options(argv, [f"{label}{FROM_PYTHON}" for label in labels])
     run_dir = Path(args.output_dir or f"outputs/{args.recipe}")
