@@ -7,13 +7,14 @@ published, paths and printed commands, and the places it runs in.
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from test_scripts import (  # noqa: F401  (first of ours: it keeps every test off the Hub)
-    CHEAP, arguments, stopped, tiny_model, workplace,
+    CHEAP, arguments, read_rows, stopped, tiny_model, workplace,
 )
 import infer
 import reasoning_model_grpo as script
@@ -244,3 +245,256 @@ def test_what_vllm_would_leave_out_in_silence_goes_to_transformers(base_of, work
         assert (infer.beyond_vllm(Path("brought")) is None) == (name == "plain")
     Path("brought/adapter_model.bin").write_bytes(b"no weights")
     assert "can't be read" in infer.beyond_vllm(Path("brought"))
+
+
+# ---- 2: a reward gets what TRL gives -------------------------------------------------------------
+def rank(completions, trainer_state, prompts, **kwargs):
+    """As rewards do that compare: a group side by side, each place once."""
+    size = 4
+    assert len(prompts) % size == 0 and trainer_state.max_steps == 2
+    values = []
+    for start in range(0, len(prompts), size):
+        group = prompts[start : start + size]
+        assert all(prompt == group[0] for prompt in group)
+        order = sorted(range(size), key=lambda i: completions[start + i][-1]["content"])
+        values += [order.index(i) / size for i in range(size)]
+    return values
+
+
+def test_the_trial_calls_as_a_step_does(tiny_model, workplace):
+    seen = []
+
+    def spy(**given):
+        seen.append(given)
+        return rank(**given)
+
+    script.main(arguments(tiny_model, "--dry-run", "--batch-size", "8"), reward_funcs=spy)
+    (given,) = seen
+    assert len(given["completions"]) == 8 and given["trainer_state"].global_step == 0
+    assert {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
+            "question", "answer", "level"} == given.keys()
+    given["log_extra"]("name", [1] * 8)
+    given["log_metric"]("name", 1.0)
+
+
+NAMES = ["text", "tokens", "solution", "fmt", "row", "image", "images", "label", "name", "prompt",
+         "mode", "weights", "columns"]
+TRLS = ["prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"]
+
+
+def test_every_column_reaches_a_reward_under_its_own_name(tiny_model, workplace, capsys):
+    rows = [row | {name: f"{name} {i}" for name in NAMES + TRLS}
+            for i, row in enumerate(script.read_jsonl(Path("data.jsonl")))]
+    seen = {}
+
+    def spy(completions, fmt, solution=None, **given):
+        seen.update(given, fmt=fmt, solution=solution)
+        return [0.0] * len(completions)
+
+    script.main(arguments(tiny_model, "--dry-run"), reward_funcs=[spy], train=rows)
+    number = seen["row"][0].split()[1]
+    assert all(seen[name] == [f"{name} {number}"] * 4 for name in NAMES)
+    assert seen["trainer_state"].max_steps == 2 and callable(seen["log_metric"])
+    said = [line for line in capsys.readouterr().out.splitlines() if "completion_ids" in line]
+    assert len(said) == 1 and "TRL" in said[0] and all(name in said[0] for name in TRLS)
+    Path("named.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("cookbook", "qwen-0.5b-fp32"):  # our own rewards mind no column
+        script.main(arguments(tiny_model, "--dry-run", "--reward-funcs",
+                              *script.RECIPES[name]["reward_funcs"], dataset="named.jsonl"))
+
+
+def test_a_question_column_may_have_a_name_that_trl_gives(tiny_model, workplace):
+    for name in (*TRLS, *NAMES):
+        rows = [{name: row["question"], "gold": row["answer"]}
+                for row in script.read_jsonl(Path("data.jsonl"))]
+        Path("odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        script.main(arguments(tiny_model, "--dry-run", "--question-column", name,
+                              "--answer-column", "gold", dataset="odd.jsonl"))
+
+
+BROUGHT = '''
+import asyncio, functools
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import Pool
+
+import numpy
+import torch
+
+import neighbour_of_mine
+
+def text(completion):
+    return completion[-1]["content"]
+
+def score(completion):
+    return float(len(text(completion)) % 7)
+
+def executor(completions, **kwargs):
+    with ProcessPoolExecutor(2) as pool:
+        return list(pool.map(score, completions))
+
+def pool(completions, **kwargs):
+    with Pool(2) as pool:
+        return pool.map(score, completions)
+
+def neighbour(completions, **kwargs):
+    return [neighbour_of_mine.score(text(completion)) for completion in completions]
+
+def array(completions, **kwargs):
+    return numpy.array([score(completion) for completion in completions])
+
+def single(completions, **kwargs):
+    return [numpy.float32(score(completion)) for completion in completions]
+
+def tensor(completions, **kwargs):
+    return torch.tensor([score(completion) for completion in completions], requires_grad=True)
+
+def scalars(completions, **kwargs):
+    return [torch.tensor(score(completion)) for completion in completions]
+
+def truths(completions, **kwargs):
+    return (score(completion) > 3 for completion in completions)
+
+def some(completions, **kwargs):
+    return [None if score(completion) > 3 else 1 for completion in completions]
+
+shorter = lambda completions, **kwargs: [-score(completion) for completion in completions]
+half = functools.partial(lambda share, completions, **kwargs: [share for _ in completions], 0.5)
+
+class Scorer:
+    def __call__(self, completions, **kwargs):
+        return array(completions)
+    def method(self, completions, **kwargs):
+        return array(completions)
+    @staticmethod
+    def still(completions, **kwargs):
+        return array(completions)
+
+class Later(Scorer):
+    async def __call__(self, completions, **kwargs):
+        await asyncio.sleep(0)
+        return array(completions)
+
+async def later(completions, **kwargs):
+    return array(completions)
+
+scorer, awaited, method, still = Scorer(), Later(), Scorer().method, Scorer.still
+partial_later = functools.partial(later, kind="soon")
+'''
+KINDS_OF_REWARDS = [
+    "executor", "pool", "neighbour", "array", "single", "tensor", "scalars", "truths", "some",
+    "shorter", "half", "scorer", "awaited", "method", "still", "later", "partial_later"]
+
+
+@pytest.fixture
+def brought(workplace) -> Path:
+    """A file of rewards, in a directory of its own, beside a file that it imports."""
+    place = workplace / "my rewards"
+    place.mkdir()
+    (place / "neighbour_of_mine.py").write_text("def score(text):\n    return len(text) % 5\n")
+    (place / "brought-1.py").write_text(BROUGHT)
+    return place / "brought-1.py"
+
+
+def test_rewards_of_all_kinds_are_called(tiny_model, brought, capsys):
+    script.main([*arguments(tiny_model, "--dry-run"), "--reward-funcs",
+                 *(f"{brought}:{name}" for name in KINDS_OF_REWARDS)])
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rewards:")]
+    assert said.split(maxsplit=1)[1] == " + ".join(f"1 {name}" for name in KINDS_OF_REWARDS)
+
+
+@pytest.mark.parametrize("name", ["rewards", "json", "peft", "test_field", "sitecustomize", "a b"])
+def test_a_file_of_rewards_may_have_any_name(name, tiny_model, brought, capsys):
+    taken = brought.rename(brought.with_name(f"{name}.py"))
+    script.main([*arguments(tiny_model, "--dry-run"), "--reward-funcs", f"{taken}:executor",
+                 f"{taken}:neighbour"])
+    assert "rewards:   1 executor + 1 neighbour" in capsys.readouterr().out
+    assert json.loads("[1]") == [1]  # the library of that name is still itself
+
+
+@pytest.mark.parametrize("given, says", [
+    ("model/of/rewards", "function"), ([None], "function"), ([["a"]], "function"), ([5], "function"),
+])
+def test_what_is_no_reward_is_named_in_one_line(given, says, tiny_model, workplace, capsys):
+    told = arguments(tiny_model, "--dry-run")
+    assert says in stopped(capsys, partial(script.main, reward_funcs=given), told)
+
+
+@slow
+@pytest.mark.parametrize("more", [[], ["--eval-steps", "1"]])
+def test_rewards_that_rank_their_group_do_so_in_training_and_validation(
+        more, tiny_model, brought, capsys):
+    calls, keys = [], []
+
+    def spy(**given):
+        keys.append(given.keys())
+        calls.append((given["trainer_state"].global_step, len(given["completions"])))
+        return rank(**given)
+
+    brought = [f"{brought}:{name}" for name in KINDS_OF_REWARDS]
+    rows = script.read_jsonl(Path("data.jsonl"))
+    script.main(arguments(tiny_model, *more), reward_funcs=spy, train=rows)
+    assert all(one - keys[0] <= {"environments"} for one in keys) and all(
+        keys[0] <= one for one in keys)
+    assert (1, 4) in calls and all(size % 4 == 0 for _, size in calls)
+    script.main([*arguments(tiny_model, *more), "--output-dir", "all", "--reward-funcs", *brought])
+    logged = [row for row in read_rows("all/metrics.jsonl") if "loss" in row]
+    assert all(f"rewards/{name}/mean" in logged[0] for name in KINDS_OF_REWARDS)
+
+
+# ---- 3: from Python, as TRL and datasets take it -------------------------------------------------
+def shapes(rows: list[dict]) -> dict:
+    import datasets
+    import numpy
+    import pandas
+
+    whole = datasets.Dataset.from_list(rows)
+    parts = {"train": datasets.Dataset.from_list(rows[:30]),
+             "test": datasets.Dataset.from_list(rows[30:])}
+    return {
+        "rows": rows, "tuple": tuple(rows), "generator": (row for row in rows),
+        "map": map(dict, rows), "Dataset": whole, "view": whole.select(range(40)),
+        "numpy": numpy.array(rows, dtype=object), "DataFrame": pandas.DataFrame(rows),
+        "DataFrame of odd columns": pandas.DataFrame(rows).assign(**{"0": 1}).rename(
+            columns={"0": 0}),
+        "IterableDataset": whole.to_iterable_dataset(),
+        "formatted": whole.with_format("numpy"), "torch": whole.with_format("torch"),
+        "DatasetDict": datasets.DatasetDict(parts), "dict": parts,
+        "only a test split": datasets.DatasetDict({"test": whole}),
+        "IterableDatasetDict": datasets.IterableDatasetDict(
+            {name: part.to_iterable_dataset() for name, part in parts.items()}),
+    }
+
+
+def test_rows_come_as_trl_and_datasets_give_them_and_none_is_lost(tiny_model, workplace, capsys):
+    rows = [row | {"answer": int(row["answer"].split()[-1])}
+            for row in script.read_jsonl(Path("data.jsonl"))]
+    for name, given in shapes(rows).items():
+        seen = {}
+
+        def spy(completions, level, seen=seen, **more):
+            seen["level"] = [int(value) for value in level]
+            return [0.0] * len(completions)
+
+        script.main(arguments(tiny_model, "--dry-run"), reward_funcs=[spy], train=given)
+        said = capsys.readouterr().out
+        held = 10 if name in ("dict", "DatasetDict", "IterableDatasetDict") else 4
+        assert f"the rows given: {40 - held} to train on, 4 held out" in said, (name, said)
+        assert seen["level"][0] in {row["level"] for row in rows}
+
+
+def test_the_held_out_rows_come_in_the_same_ways(tiny_model, workplace):
+    rows = script.read_jsonl(Path("data.jsonl"))
+    for name, given in shapes(rows).items():
+        args = script.parse_options(arguments(tiny_model, "--dry-run"), ["spy"])
+        asked = [{"question": "a", "answer": "1"}]
+        _, train, test = script.load_questions(args, asked, given)
+        held = 10 if name in ("dict", "DatasetDict", "IterableDatasetDict") else 40
+        assert [row["question"] for row in train] == ["a"] and len(test) == held, name
+
+
+@pytest.mark.parametrize("given", ["openai/gsm8k", [], iter(()), [["a", 1]], {"train": []}, 5,
+                                   {"question": ["a"], "answer": ["1"]}])
+def test_what_are_no_rows_ends_in_one_line(given, tiny_model, workplace, capsys):
+    told = arguments(tiny_model, "--dry-run")
+    line = stopped(capsys, partial(script.main, train=given), told)
+    assert "question" in line or "rows" in line
