@@ -65,7 +65,7 @@ torch, transformers, trl, peft = map(Lazy, ("torch", "transformers", "trl", "pef
 accelerate, datasets, pandas, fsspec = map(Lazy, ("accelerate", "datasets", "pandas", "fsspec"))
 huggingface_hub, yaml, rich_console, rich_progress, rich_table = map(
     Lazy, ("huggingface_hub", "yaml", "rich.console", "rich.progress", "rich.table"))
-resource = Lazy("resource")  # not on Windows
+parquet, resource = map(Lazy, ("pyarrow.parquet", "resource"))  # the last not on Windows
 
 GSM8K = "openai/gsm8k"
 GIVEN, FROM_PYTHON = "the rows given", " (given from Python)"  # in args.json
@@ -623,12 +623,18 @@ def read_data(path: Path, config: str | None = None) -> tuple[list[dict], list[d
     """(training rows, held-out rows or []) of a file, a saved data set, or a folder of files."""
     with one_line(f"{path} can't be read"):
         if not path.is_dir():
+            refuse_pointer(path)
             if config:
                 stop(f"{path} is one file, which has no configuration: leave out --dataset-config")
             return read_file(path) or stop(f"{path} holds no rows: give one object a question"), []
         saved = any((path / f"dataset_{kind}.json").is_file() for kind in ("info", "dict"))
-        return parts_of(datasets.load_from_disk(str(path)) if saved
-                        else load_with_config(str(path), config))
+        try:
+            return parts_of(datasets.load_from_disk(str(path)) if saved
+                            else load_with_config(str(path), config))
+        except Exception as problem:
+            for file in filter(Path.is_file, path.rglob("*")):
+                refuse_pointer(file)
+            raise problem.__cause__ or problem  # datasets says there what is wrong
 
 
 def load_with_config(name: str, config: str | None):
@@ -655,10 +661,11 @@ def parts_of(data) -> tuple[list[dict], list[dict]]:
 
 def read_file(path: Path) -> list[dict]:
     """The rows of one file, compressed or not; ValueError names the row that is malformed."""
-    kinds = [kind for kind in map(str.lower, path.suffixes) if kind not in (".gz", ".bz2", ".xz")]
+    packed = (".gz", ".bz2", ".xz", ".zst", ".zip")
+    kinds = [kind for kind in map(str.lower, path.suffixes) if kind not in packed]
     kind = kinds[-1] if kinds else ""
-    if kind == ".parquet":
-        return pandas.read_parquet(path).to_dict("records")
+    if kind == ".parquet":  # lists stay lists, as TRL would give them
+        return parquet.read_table(path).to_pylist()
     if kind in (".csv", ".tsv"):
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # cells beyond the last column, which would be lost
@@ -666,8 +673,9 @@ def read_file(path: Path) -> list[dict]:
                                     encoding="utf-8-sig", keep_default_na=False, index_col=False)
         return table.to_dict("records")
     if kind not in (".json", ".jsonl", ".txt"):
-        raise ValueError(".jsonl .json .csv .tsv .parquet .txt are read, also .gz")
-    with fsspec.open(str(path), "rt", encoding="utf-8-sig", compression="infer") as file:
+        raise ValueError(f".jsonl .json .csv .tsv .parquet .txt are read, also {' '.join(packed)}")
+    local = fsspec.filesystem("file")  # fsspec.open would take some names apart
+    with local.open(str(path), "rt", encoding="utf-8-sig", compression="infer") as file:
         text = file.read()
     if kind == ".txt":
         return [{"question": line.strip()} for line in text.split("\n") if line.strip()]
@@ -891,7 +899,7 @@ def find_adapter(adapter: str) -> Path:
 def refuse_pointer(file: Path) -> None:
     with file.open("rb") as start:
         if start.read(16) == b"version https://":
-            stop(f"{file} is a Git LFS pointer, no weights: git lfs pull")
+            stop(f"{file} is a Git LFS pointer, not the file itself: git lfs pull")
 
 
 def read_run(*directories: Path) -> dict:
