@@ -105,7 +105,9 @@ def completion_text(completion) -> str:
 
 def message_text(message: dict) -> str:
     """The text of one message: its content (ShareGPT's value), which may come in parts."""
-    content = message.get("content", message.get("value")) or ""
+    content = message.get("content", message.get("value"))
+    if hasattr(content, "tolist"):  # pandas gives parts as an array
+        content = content.tolist()
     if isinstance(content, list):
         texts = [part.get("text") for part in content if isinstance(part, dict)]
         return "".join(text for text in texts if isinstance(text, str))
