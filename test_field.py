@@ -5,8 +5,12 @@ published, paths and printed commands, and the places it runs in.
 """
 # ruff: noqa: F811  (fixtures are imported, and named as arguments)
 
+import bz2
+import gzip
 import json
+import lzma
 import shutil
+import zipfile
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 
 from test_scripts import (  # noqa: F401  (first of ours: it keeps every test off the Hub)
-    CHEAP, arguments, read_rows, stopped, tiny_model, workplace,
+    CHEAP, arguments, lines, load, read_rows, stopped, tiny_model, workplace,
 )
 import infer
 import reasoning_model_grpo as script
@@ -498,3 +502,181 @@ def test_what_are_no_rows_ends_in_one_line(given, tiny_model, workplace, capsys)
     told = arguments(tiny_model, "--dry-run")
     line = stopped(capsys, partial(script.main, train=given), told)
     assert "question" in line or "rows" in line
+
+
+# ---- 5: files and folders as they are published --------------------------------------------------
+TEN = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(10)]
+WHOLE = lines(TEN).encode()
+
+
+def said(place, *more):
+    """(how many questions to train on, how many held out) of a data set at `place`."""
+    train, test = load("--dataset", str(place), *more)
+    assert {row["question"] for row in train + test} <= {row["question"] for row in TEN}
+    return len(train), len(test)
+
+
+def zipped(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data.jsonl", WHOLE)
+
+
+COMPRESSED = {
+    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(WHOLE)),
+    "a.jsonl.bz2": lambda path: path.write_bytes(bz2.compress(WHOLE)),
+    "a.jsonl.xz": lambda path: path.write_bytes(lzma.compress(WHOLE)),
+    "a.jsonl.zip": zipped,
+    "a.csv.bz2": lambda path: pandas().DataFrame(TEN).to_csv(path, index=False),
+    "a.tsv.xz": lambda path: pandas().DataFrame(TEN).to_csv(path, index=False, sep="\t"),
+    "a.csv.zip": lambda path: pandas().DataFrame(TEN).to_csv(path, index=False),
+    "a.json.bz2": lambda path: path.write_bytes(bz2.compress(json.dumps(TEN).encode())),
+}
+
+
+def pandas():
+    import pandas
+
+    return pandas
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_compressed_files_are_read(name, workplace):
+    COMPRESSED[name](Path(name))
+    assert said(name) == (9, 1)
+
+
+ODD_NAMES = ["a b.jsonl", "it's \"mine\".jsonl", "café ünï 数据.jsonl", "train[1].jsonl", "a*b?.jsonl",
+             "a::b.jsonl", "{a}.jsonl", "100%.jsonl", "#1.jsonl", "-a.jsonl", "v1.0-train.final.jsonl",
+             "x&y;z.jsonl", "a:b.jsonl"]
+
+
+def test_files_and_folders_of_any_name_are_read(workplace):
+    for name in ODD_NAMES:
+        Path(name).write_bytes(WHOLE)
+        assert said(Path(name).resolve()) == (9, 1), name
+        folder = Path(f"folder {name}"[:-6])
+        folder.mkdir()
+        (folder / "train.jsonl").write_bytes(WHOLE)
+        if not any(sign in name for sign in ("[", "*", "::")):  # of which datasets makes patterns
+            assert said(folder) == (9, 1), folder
+
+
+def published(place: Path, card="", **files) -> Path:
+    for name, rows in files.items():
+        file = place / (name.replace("__", "/") + ".jsonl")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(lines(rows))
+    (place / "README.md").write_text(f"---\nconfigs:\n{card}---\n" if card else "# A data set\n")
+    return place
+
+
+def configuration(name: str, **splits) -> str:
+    files = "".join(f"  - split: {split}\n    path: {path}\n" for split, path in splits.items())
+    return f"- config_name: {name}\n  data_files:\n{files}"
+
+
+def test_a_configuration_of_a_folder_is_read_or_the_line_names_them(workplace, capsys):
+    card = configuration("main", train="main/train*", test="main/test*") + configuration(
+        "socratic", train="socratic/train*")
+    place = published(Path("cloned"), card, main__train=TEN[:7], main__test=TEN[7:],
+                      socratic__train=TEN[:5])
+    assert said(place, "--dataset-config", "main") == (7, 3)
+    assert said(place, "--dataset-config", "socratic") == (4, 1)
+    assert said(place / "main") == (7, 3)
+    for more in ([], ["--dataset-config", "mian"]):
+        line = stopped(capsys, load, "--dataset", str(place), *more)
+        assert "main, socratic" in line and "--dataset-config" in line
+    one = published(Path("one"), configuration("only", train="a.jsonl"), a=TEN)
+    assert said(one) == said(one, "--dataset-config", "only") == (9, 1)
+    default = published(Path("default"), configuration("default", train="a.jsonl") + configuration(
+        "other", train="b.jsonl"), a=TEN, b=TEN[:5])
+    assert said(default) == (9, 1) and said(default, "--dataset-config", "other") == (4, 1)
+
+
+def test_a_folder_of_one_split_or_of_many_parts_is_read(workplace):
+    for split in ("train", "test", "validation", "data", "gsm8k"):
+        assert said(published(Path(f"only {split}"), **{split: TEN})) == (9, 1), split
+    shards = {f"data__train-0000{i}-of-00002": TEN[5 * i : 5 * i + 5] for i in range(2)}
+    assert said(published(Path("shards"), **shards)) == (9, 1)
+    place = published(Path("split"), train=TEN[:6], test=TEN[8:], validation=TEN[6:8])
+    assert said(place) == (6, 2)
+    pandas().DataFrame(TEN).to_parquet("train-0.parquet")
+    Path("plain").mkdir()
+    shutil.move("train-0.parquet", "plain")
+    assert said("plain") == (9, 1)
+
+
+def conversation(question, kind):
+    part = {"type": "text", "text": question}
+    return {
+        "parts": [{"role": "user", "content": [part]}],
+        "two parts": [{"role": "user", "content": [{"type": "text", "text": "Think."}, part]}],
+        "a picture too": [{"role": "user", "content": [{"type": "image"}, part]}],
+        "system": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": question}],
+        "ShareGPT": [{"from": "human", "value": question}, {"from": "gpt", "value": "1"}],
+        "ShareGPT with system": [{"from": "system", "value": "s"}, {"from": "user",
+                                                                    "value": question}],
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["parts", "two parts", "a picture too", "system", "ShareGPT",
+                                  "ShareGPT with system"])
+def test_conversations_of_all_layouts_give_their_question(kind, workplace):
+    rows = [{"chat": conversation(row["question"], kind), "answer": row["answer"]} for row in TEN]
+    Path("chat.jsonl").write_text(lines(rows))
+    pandas().DataFrame(rows).to_parquet("chat.parquet")
+    args = script.parse_options(["--question-column", "chat"])
+    loaded = [load("--dataset", file, "--question-column", "chat")
+              for file in ("chat.jsonl", "chat.parquet")]
+    loaded.append(script.load_questions(args, pandas().read_parquet("chat.parquet"))[1:])
+    for train, test in loaded:
+        asked = {row["question"].removeprefix("Think.").strip() for row in train + test}
+        assert asked == {row["question"] for row in TEN}
+
+
+@pytest.mark.parametrize("chat", [
+    [{"speaker": "user", "text": "a"}], {"user": "a"}, [["user", "a"]], [{"role": "assistant",
+                                                                        "content": "a"}]])
+def test_a_layout_that_is_not_read_is_told_those_that_are(chat, workplace, capsys):
+    Path("odd.jsonl").write_text(lines([{"chat": chat, "answer": 1}]))
+    line = stopped(capsys, load, "--dataset", "odd.jsonl", "--question-column", "chat")
+    assert all(word in line for word in ("role", "content", "from", "value", "row 1", "odd.jsonl"))
+
+
+def test_columns_of_lists_reach_a_reward_as_lists(tiny_model, workplace):
+    rows = [row | {"cases": [{"in": [1, 2], "out": None}, {"in": [], "out": "x"}]} for row in TEN]
+    pandas().DataFrame(rows).to_parquet("lists.parquet")
+    seen = []
+    script.main(arguments(tiny_model, "--dry-run", dataset="lists.parquet"), reward_funcs=[
+        lambda completions, cases, **_: [seen.extend(cases)] + [0.0] * (len(completions) - 1)])
+    assert seen == [rows[0]["cases"]] * 4
+
+
+def test_a_malformed_row_in_a_folder_is_named(workplace, capsys):
+    Path("folder").mkdir()
+    Path("folder/train.jsonl").write_text('{"question": "a", "answer": "1"}\n{"question": \n')
+    line = stopped(capsys, load, "--dataset", "folder", informed=True)
+    assert "JSON" in line or "Expecting" in line or "row" in line
+
+
+def test_fields_of_any_length_are_read(workplace):
+    long = "How many? " + "very long " * 30_000
+    for file, text in {"long.jsonl": lines([{"question": long, "answer": "1"}]),
+                       "long.csv": f'question,answer\n"{long}",1\n',
+                       "long.tsv": f'question\tanswer\n"{long}"\t1\n'}.items():
+        Path(file).write_text(text)
+        rows, _ = script.read_data(Path(file))
+        assert rows[0]["question"].strip() == long.strip(), file
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "folder/train.parquet", "a.csv",
+                                  "folder/train.jsonl", "deep/data/train-0.parquet"])
+def test_data_that_git_lfs_has_not_fetched_is_said(name, workplace, capsys):
+    file = Path(name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(POINTER)
+    line = stopped(capsys, load, "--dataset", file.parts[0], informed=True)
+    assert "git lfs pull" in line
