@@ -9,6 +9,7 @@ import inspect
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -740,6 +741,22 @@ def test_twice_the_text_costs_less_than_four_times_the_time(kind):
         for one, two in ((half, half * 2), (BLOCK(half), BLOCK(half * 2))):
             limit = 4 * max(0.005, fastest(lambda f=func, t=one: f(t)))
             assert fastest(lambda f=func, t=two: f(t), 9, enough=limit) < limit, name
+
+
+@pytest.mark.parametrize("python", ["/usr/bin/python3", "python3.11", "python3.12", "python3.13"])
+def test_numbers_are_read_alike_by_every_python_there_is(python, tmp_path):
+    """Possessive quantifiers, new in 3.11, had faults up to 3.11.4, which Debian 12 still has."""
+    path = shutil.which(python)
+    version = "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"
+    if path is None or subprocess.run([path, "-c", version]).returncode:
+        pytest.skip(f"no {python} here that the scripts run on")
+    (tmp_path / "rows.json").write_text(json.dumps([row[:2] for row in NUMBERS]))
+    code = ("import json, sys; sys.path.insert(0, sys.argv[1]); import rewards; "
+            "rows = json.load(open(sys.argv[2])); number = rewards.parse_number; "
+            "print([t for t, n in rows if number(t) != (n and rewards.Decimal(n))])")
+    done = subprocess.run([path, "-c", code, str(Path(rewards.__file__).parent),
+                           str(tmp_path / "rows.json")], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout[-500:] + done.stderr[-500:]
 
 
 def test_import_is_quick_and_takes_the_standard_library_only():
