@@ -290,7 +290,11 @@ def refuse_changes(args, typed: set[str], recorded: dict) -> None:
     differ = [f"set has {pair}, new" for pair in args.set if pair not in recorded["set"]]
     for name in sorted(typed - free):
         was, now = recorded.get(name), getattr(args, name)
-        if was != now and name in ("model", "dataset", "eval_dataset"):
+        moved = was and name in ("model", "dataset", "eval_dataset", "adapter")
+        if name == "reward_funcs":  # functions of the same names
+            moved = [one.rpartition(":")[2] for one in was] == [
+                one.rpartition(":")[2] for one in now]
+        if was != now and moved:
             print(f"{name}: {now}, as typed; the run began with {was}")
         elif was != now:
             differ.append(f"{name} was {was}, now {now}")
