@@ -25,8 +25,9 @@ from types import SimpleNamespace
 
 from rewards import (
     FORMATS, OneLineParser, adapter_naming, after_thinking, answer_block, build_prompt,
-    choose_backend, complete_with_vllm, file_path, fold_system, in_a_cell, max_lora_rank, number,
-    printable, quiet, refuses_system, render_prompts, stop, take_any_terminal, vote,
+    choose_backend, complete_with_vllm, existing_path, file_path, fold_system, in_a_cell,
+    max_lora_rank, number, printable, quiet, refuses_system, render_prompts, stop,
+    take_any_terminal, vote,
 )
 
 CHUNK = 64  # questions answered before they are shown and written
@@ -175,7 +176,7 @@ def read_input_as_utf8() -> None:
 
 def who(args) -> str:
     """What answers: the adapter, and its base where that was named."""
-    return " on ".join(str(Path(name)) for name in (args.adapter, args.model) if name)
+    return " on ".join(existing_path(name) for name in (args.adapter, args.model) if name)
 
 
 def answered(args, questions: list[str]) -> int:
@@ -535,7 +536,8 @@ def evaluate(args) -> None:
         args.temperature = made.get("temperature", 1.0)  # as GRPO's rollouts
     # The longest first, in batches of that order: as in training, so the texts are the same.
     rows = sorted(rows, key=lambda row: -row["tokens"])
-    record = {"adapter": str(base.adapter or ""), "base_model": base.name, "dtype": dtype,
+    place = existing_path(str(base.adapter)) if base.adapter else ""
+    record = {"adapter": place, "base_model": base.name, "dtype": dtype,
               "samples": args.samples, "temperature": args.temperature, "top_p": args.top_p,
               "seed": args.seed, "max_completion_length": args.room, "questions": len(rows)}
     place, done = start_evaluation(script, args, base, record)
