@@ -65,7 +65,10 @@ def _build_once(name: str, fetch) -> Path:
 
     It appears in one rename, when it is whole: after a kill or a broken download there is none.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reasoning-grpo"
+    home = os.path.expanduser("~/.cache")
+    if home.startswith("~"):  # no HOME, and a user whom the system does not know
+        home = tempfile.gettempdir()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or home) / "reasoning-grpo"
     target = cache / name
     if target.is_dir():
         return target
