@@ -9,7 +9,10 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import shutil
+import subprocess
+import sys
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -18,10 +21,12 @@ from types import SimpleNamespace
 import pytest
 
 from test_scripts import (  # noqa: F401  (first of ours: it keeps every test off the Hub)
-    CHEAP, arguments, lines, load, read_rows, stopped, tiny_model, workplace,
+    CHEAP, HERE, arguments, command, lines, load, read_rows, stopped, tiny_model, turn, workplace,
 )
+import benchmark
 import infer
 import reasoning_model_grpo as script
+import report
 
 slow, pytestmark = pytest.mark.slow, pytest.mark.filterwarnings("ignore")  # PEFT's own
 QUESTION = "Ann has 3 pens and 4 books. How many?"
@@ -415,12 +420,10 @@ def test_a_file_of_rewards_may_have_any_name(name, tiny_model, brought, capsys):
     assert json.loads("[1]") == [1]  # the library of that name is still itself
 
 
-@pytest.mark.parametrize("given, says", [
-    ("model/of/rewards", "function"), ([None], "function"), ([["a"]], "function"), ([5], "function"),
-])
-def test_what_is_no_reward_is_named_in_one_line(given, says, tiny_model, workplace, capsys):
+@pytest.mark.parametrize("given", ["model/of/rewards", [None], [["a"]], [5], {"a": 1}])
+def test_what_is_no_reward_is_named_in_one_line(given, tiny_model, workplace, capsys):
     told = arguments(tiny_model, "--dry-run")
-    assert says in stopped(capsys, partial(script.main, reward_funcs=given), told)
+    assert "no function" in stopped(capsys, partial(script.main, reward_funcs=given), told)
 
 
 @slow
@@ -545,9 +548,9 @@ def test_compressed_files_are_read(name, workplace):
     assert said(name) == (9, 1)
 
 
-ODD_NAMES = ["a b.jsonl", "it's \"mine\".jsonl", "café ünï 数据.jsonl", "train[1].jsonl", "a*b?.jsonl",
-             "a::b.jsonl", "{a}.jsonl", "100%.jsonl", "#1.jsonl", "-a.jsonl", "v1.0-train.final.jsonl",
-             "x&y;z.jsonl", "a:b.jsonl"]
+ODD_NAMES = ["a b.jsonl", "it's \"mine\".jsonl", "café ünï 数据.jsonl", "train[1].jsonl",
+             "a*b?.jsonl", "a::b.jsonl", "{a}.jsonl", "100%.jsonl", "#1.jsonl", "-a.jsonl",
+             "v1.0-train.final.jsonl", "x&y;z.jsonl", "a:b.jsonl"]
 
 
 def test_files_and_folders_of_any_name_are_read(workplace):
@@ -612,10 +615,10 @@ def conversation(question, kind):
         "parts": [{"role": "user", "content": [part]}],
         "two parts": [{"role": "user", "content": [{"type": "text", "text": "Think."}, part]}],
         "a picture too": [{"role": "user", "content": [{"type": "image"}, part]}],
-        "system": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": question}],
+        "system": [turn("Be brief.", "system"), turn(question)],
         "ShareGPT": [{"from": "human", "value": question}, {"from": "gpt", "value": "1"}],
-        "ShareGPT with system": [{"from": "system", "value": "s"}, {"from": "user",
-                                                                    "value": question}],
+        "ShareGPT with system": [{"from": "system", "value": "s"},
+                                 {"from": "user", "value": question}],
     }[kind]
 
 
@@ -635,8 +638,7 @@ def test_conversations_of_all_layouts_give_their_question(kind, workplace):
 
 
 @pytest.mark.parametrize("chat", [
-    [{"speaker": "user", "text": "a"}], {"user": "a"}, [["user", "a"]], [{"role": "assistant",
-                                                                        "content": "a"}]])
+    [{"speaker": "user", "text": "a"}], {"user": "a"}, [["user", "a"]], [turn("a", "assistant")]])
 def test_a_layout_that_is_not_read_is_told_those_that_are(chat, workplace, capsys):
     Path("odd.jsonl").write_text(lines([{"chat": chat, "answer": 1}]))
     line = stopped(capsys, load, "--dataset", "odd.jsonl", "--question-column", "chat")
@@ -680,3 +682,163 @@ def test_data_that_git_lfs_has_not_fetched_is_said(name, workplace, capsys):
     file.write_bytes(POINTER)
     line = stopped(capsys, load, "--dataset", file.parts[0], informed=True)
     assert "git lfs pull" in line
+
+
+# ---- 6: paths, and the commands that are printed -------------------------------------------------
+@pytest.fixture
+def home(workplace, tiny_model, monkeypatch) -> Path:
+    """A home with a model, an adapter, data, rewards and a configuration in it."""
+    place = workplace / "at home"
+    place.mkdir()
+    monkeypatch.setenv("HOME", str(place))
+    shutil.copytree(tiny_model, place / "base")
+    for name in ("data.jsonl", "noisy.py"):
+        shutil.move(name, place)
+    (place / "held.jsonl").write_bytes(WHOLE)
+    make_adapter(place / "base", place / "brought", {"target_modules": ["q_proj"]})
+    (place / "run.yaml").write_text("dataset: ~/data.jsonl\noutput_dir: ~/runs/one\n")
+    return place
+
+
+def test_a_tilde_is_the_home_wherever_a_path_is_taken(home, capsys):
+    told = [*CHEAP, "--model=~/base", "--dataset=~/data.jsonl", "--eval-dataset=~/held.jsonl",
+            "--reward-funcs", "~/noisy.py:vowels", "--output-dir=~/runs/two"]
+    args = script.parse_options([*told, "--adapter=~/brought"])
+    assert args.model == str(home / "base") and args.adapter == str(home / "brought")
+    assert args.dataset == str(home / "data.jsonl")
+    assert args.eval_dataset == str(home / "held.jsonl")
+    assert args.reward_funcs == [f"{home / 'noisy.py'}:vowels"]
+    assert args.output_dir == str(home / "runs/two")
+    args = script.parse_options(["--config=~/run.yaml"])
+    assert (args.dataset, args.output_dir) == (str(home / "data.jsonl"), str(home / "runs/one"))
+    args = infer.parse_options(["--adapter=~/brought", "--model=~/base", "--file=~/q.txt",
+                                "--jsonl=~/a.jsonl"])
+    assert args.file == home / "q.txt" and args.jsonl == home / "a.jsonl"
+    assert (args.adapter, args.model) == (str(home / "brought"), str(home / "base"))
+    args = infer.parse_options(["--evaluate", "--adapter=~/brought", "--dataset=~/data.jsonl",
+                                "--output-dir=~/here"])
+    assert args.dataset == str(home / "data.jsonl") and args.output_dir == home / "here"
+    shown = report.parse_options(["~/runs/two", "~/runs/one", "--output=~/a.png"])
+    assert shown.runs == [home / "runs/two", home / "runs/one"] and shown.output == home / "a.png"
+    line = stopped(capsys, benchmark.main, ["--model=~/base", "--adapter=~/nowhere"], informed=True)
+    assert f"{home / 'nowhere'} is no adapter" in line
+    line = stopped(capsys, benchmark.main, ["--model=~/base", "--output=~/base"], informed=True)
+    assert f"--output {home / 'base'}" in line
+    script.main([*told, "--dry-run"])
+    assert str(home) in capsys.readouterr().out and not Path("~").exists()
+
+
+@pytest.fixture
+def moved(workplace, tiny_model, monkeypatch):
+    """A run that was broken after its first step, all that it was given in a directory of its own;
+    a function that moves this directory, and one that goes on with the run."""
+    shutil.copytree(tiny_model, "old/base")
+    for name in ("data.jsonl", "noisy.py"):
+        shutil.move(name, "old")
+    Path("old/held.jsonl").write_bytes(WHOLE)
+    make_adapter(Path("old/base"), Path("old/brought"), {"target_modules": ["q_proj"]})
+    tell = ["--model=old/base", "--adapter=old/brought", "--dataset=old/data.jsonl",
+            "--eval-dataset=old/held.jsonl", "--reward-funcs", "old/noisy.py:vowels"]
+    record = {}
+
+    class Stopped(Exception):
+        pass
+
+    def stop_here(run, config):
+        record.update(run.record)
+        run.dir.mkdir(parents=True)
+        script.write_whole(run.dir / "args.json", run.record)
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(script, "run_phases", stop_here)
+        script.main([*CHEAP, *tell])
+    return tell, record
+
+
+def test_a_run_goes_on_with_what_has_moved(moved, capsys, monkeypatch):
+    tell, record = moved
+    assert all(Path(record["options"][name]).is_absolute()
+               for name in ("model", "adapter", "dataset", "eval_dataset"))
+    script.main(["--resume", "--dry-run"])
+    monkeypatch.chdir("old")
+    script.main(["--resume", "--dry-run", "--output-dir", "../outputs/smollm2-135m"])
+    monkeypatch.chdir("..")
+    Path("old").rename("new place")
+    assert "old/brought" in stopped(capsys, script.main, ["--resume", "--dry-run"])
+    found = [word.replace("old/", "new place/") for word in tell]
+    capsys.readouterr()
+    script.main(["--resume", "--dry-run", *found])
+    told = [line for line in capsys.readouterr().out.splitlines() if "as typed; the run" in line]
+    assert len(told) == 5 and all("new place" in line and "old" in line for line in told)
+    for left_out in range(4):
+        some = found[:left_out] + found[left_out + 1 :]
+        line = stopped(capsys, script.main, ["--resume", "--dry-run", *some], informed=True)
+        assert "old/" in line
+    other = [word.replace("vowels", "later") for word in found]
+    line = stopped(capsys, script.main, ["--resume", "--dry-run", *other], informed=True)
+    assert "leave them out" in line
+
+
+def test_a_run_without_an_evaluation_file_gets_none_on_the_way(tiny_model, workplace, capsys):
+    args = script.parse_options(arguments(tiny_model))
+    recorded = args.asked | {"eval_dataset": None}
+    args.eval_dataset = "data.jsonl"
+    with pytest.raises(SystemExit):
+        script.refuse_changes(args, {"eval_dataset"}, recorded)
+
+
+def test_an_evaluation_goes_on_from_any_directory(home, capsys, monkeypatch):
+    ask = ["--evaluate", "--model", str(home / "base"), "--dataset", str(home / "data.jsonl"),
+           "--eval-questions", "2", "--max-tokens", "2", "--output-dir", str(home / "graded")]
+    infer.main([*ask, "--adapter", os.path.relpath(home / "brought")])
+    assert json.loads((home / "graded/args.json").read_text())["adapter"] == str(home / "brought")
+    monkeypatch.chdir(home)
+    infer.main([*ask, "--adapter", "brought", "--resume"])
+    (home / "q.txt").write_text("1 + 1?\n2 + 2?\n")
+    ask = ["--model", str(home / "base"), "--file", "q.txt", "--jsonl", "a.jsonl",
+           "--max-tokens", "2"]
+    infer.main([*ask, "--adapter", "brought"])
+    monkeypatch.chdir("base")
+    ask[3], ask[5] = "../q.txt", "../a.jsonl"
+    infer.main([*ask, "--adapter", "../brought", "--resume"])
+    assert "2 of 2 are answered already" in capsys.readouterr().err
+
+
+def typed(shown: str, cwd) -> subprocess.CompletedProcess:
+    """A printed command, typed into a shell as it stands, with this Python as `python`."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(shown, shell=True, text=True, capture_output=True, cwd=cwd,
+                          stdin=subprocess.DEVNULL, env=os.environ | {"PATH": path})
+
+
+@slow
+@pytest.mark.parametrize("beside", [True, False])
+def test_every_printed_command_runs_as_it_stands(beside, tiny_model, tmp_path):
+    """From a directory with blanks and quotes in its name, with the scripts in it or elsewhere."""
+    place = tmp_path / "it's \"my\" $HOME & runs"
+    scripts = place if beside else tmp_path / "the scripts'"
+    place.mkdir()
+    scripts.mkdir(exist_ok=True)
+    for file in HERE.glob("*.py"):
+        shutil.copy(file, scripts)
+    rows = [{"question": f"\"It's\" $5 `x` {n}\n+ 1; how many\\?", "answer": str(n + 1)}
+            for n in range(40)]
+    (place / "data 'mine'.jsonl").write_text(lines(rows))
+    (place / "my rewards.py").write_text(
+        "import os, signal\n"
+        "def stops(completions, trainer_state, **kwargs):\n"
+        "    if trainer_state.global_step == 2 and not os.path.exists('once'):\n"
+        "        open('once', 'w').close()\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return [len(c[0]['content'].encode()) % 7 for c in completions]\n")
+    told = arguments(tiny_model, "--max-steps", "4", dataset="data 'mine'.jsonl",
+                     reward="my rewards.py:stops")
+    done = command(scripts / "reasoning_model_grpo.py", *told, cwd=place)
+    shown = [line for line in done.stdout.splitlines() if line.startswith("go on with: ")]
+    assert len(shown) == 1, done.stdout + done.stderr
+    done = typed(shown[0].removeprefix("go on with: "), place)
+    assert done.returncode == 0 and "step 4/4" in done.stdout, done.stdout + done.stderr
+    asked = done.stdout[done.stdout.index("ask it:") + 7 :].strip()
+    done = typed(asked, place)
+    assert done.returncode == 0 and "answer:" in done.stdout, asked + done.stderr
