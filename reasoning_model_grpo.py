@@ -638,7 +638,7 @@ def read_data(path: Path, config: str | None = None) -> tuple[list[dict], list[d
         except Exception as problem:
             for file in filter(Path.is_file, path.rglob("*")):
                 refuse_pointer(file)
-            raise problem.__cause__ or problem  # datasets says there what is wrong
+            raise (problem.__cause__ or problem) from None  # where datasets says what is wrong
 
 
 def load_with_config(name: str, config: str | None):
