@@ -938,7 +938,7 @@ def find_model(name: str, named: bool = True) -> tuple[str, str]:
         weights = [*path.glob("*.safetensors"), *path.glob("*.bin")]
         if not weights:
             stop(f"{name} holds no weights (*.safetensors); give a complete model directory")
-        for file in weights:
+        for file in (*weights, *path.glob("tokenizer.*")):
             refuse_pointer(file)
         return str(path), str(path.resolve())
     if re.match(r"[.~]{0,2}/|[A-Za-z]:\\", name) or name.count("/") > 1 or path.suffix == ".gguf":
@@ -974,9 +974,10 @@ def load_tokenizer(base: Base, template: str = "own"):
     reply = "the reply"
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": reply}]
     with one_line(f"the chat template of the model {path} fails"):
-        tail = tokenizer.apply_chat_template(turn, tokenize=False).rpartition(reply)[2]
+        text = tokenizer.apply_chat_template(turn, tokenize=False)
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-    ends = [token for token in tokenizer.tokenize(tail) if token in special]
+    tail = tokenizer.tokenize(text.rpartition(reply)[2])
+    ends = [token for token in tail if token in special]
     if ends:
         tokenizer.eos_token = ends[0]
     if tokenizer.eos_token is None:
@@ -984,6 +985,10 @@ def load_tokenizer(base: Base, template: str = "own"):
     with one_line(f"{base.name} is no chat model that can be loaded"):
         config = transformers.AutoConfig.from_pretrained(base.path, trust_remote_code=False)
     rows = getattr(config.get_text_config(), "vocab_size", math.inf)
+    needed = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    if max(needed) >= rows:
+        stop(f"{base.name} has no row for the token {tokenizer.decode(max(needed))} of its chat "
+             "template: resize its embeddings, or take another model or --chat-template plain")
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token  # one that the embeddings have a row for
     return tokenizer
