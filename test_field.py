@@ -7,12 +7,15 @@ published, paths and printed commands, and the places it runs in.
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -21,7 +24,8 @@ from types import SimpleNamespace
 import pytest
 
 from test_scripts import (  # noqa: F401  (first of ours: it keeps every test off the Hub)
-    CHEAP, HERE, arguments, command, lines, load, read_rows, stopped, tiny_model, turn, workplace,
+    CHEAP, HERE, arguments, command, copied, lines, load, read_rows, stopped, tiny_model, trained,
+    turn, workplace,
 )
 import benchmark
 import infer
@@ -657,6 +661,7 @@ def test_columns_of_lists_reach_a_reward_as_lists(tiny_model, workplace):
 def test_a_malformed_row_in_a_folder_is_named(workplace, capsys):
     Path("folder").mkdir()
     Path("folder/train.jsonl").write_text('{"question": "a", "answer": "1"}\n{"question": \n')
+    script.quiet_libraries()
     line = stopped(capsys, load, "--dataset", "folder", informed=True)
     assert "JSON" in line or "Expecting" in line or "row" in line
 
@@ -680,6 +685,7 @@ def test_data_that_git_lfs_has_not_fetched_is_said(name, workplace, capsys):
     file = Path(name)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(POINTER)
+    script.quiet_libraries()
     line = stopped(capsys, load, "--dataset", file.parts[0], informed=True)
     assert "git lfs pull" in line
 
@@ -842,3 +848,196 @@ def test_every_printed_command_runs_as_it_stands(beside, tiny_model, tmp_path):
     asked = done.stdout[done.stdout.index("ask it:") + 7 :].strip()
     done = typed(asked, place)
     assert done.returncode == 0 and "answer:" in done.stdout, asked + done.stderr
+
+
+# ---- 7: where it runs ----------------------------------------------------------------------------
+@pytest.fixture
+def remake(tiny_model, workplace):
+    """A copy of the tiny model whose tokenizer and template are changed by a function."""
+    def make(change) -> Path:
+        from transformers import AutoTokenizer
+
+        place = Path(shutil.copytree(tiny_model, "remade", dirs_exist_ok=True))
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        change(tokenizer)
+        tokenizer.save_pretrained(place)
+        return place
+
+    return make
+
+
+def dry(model, capsys) -> str:
+    capsys.readouterr()
+    script.main(arguments(model, "--dry-run"))
+    return capsys.readouterr().out
+
+
+def asked_twice(model, capsys) -> None:
+    """Two questions of unlike length, which are padded."""
+    Path("q.txt").write_text("1 + 1?\nHow many are 22 and 333?\n")
+    infer.main(["--model", str(model), "--file", "q.txt", "--max-tokens", "3"])
+    assert capsys.readouterr().out.count("answer:") == 2
+
+
+def test_a_pad_token_without_a_row_is_replaced(remake, capsys):
+    model = remake(lambda tokenizer: tokenizer.add_special_tokens({"pad_token": "[PAD]"}))
+    dry(model, capsys)
+    asked_twice(model, capsys)
+
+
+def test_a_model_without_a_pad_token_pads_with_another(remake, capsys):
+    model = remake(lambda tokenizer: setattr(tokenizer, "pad_token", None))
+    dry(model, capsys)
+    asked_twice(model, capsys)
+
+
+def template(end: str) -> str:
+    return ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}" + end + "\n{% endfor %}"
+            "{% if add_generation_prompt %}assistant: {% endif %}")
+
+
+def test_prompts_of_tokens_without_a_row_are_refused_in_a_dry_run(remake, capsys):
+    """ChatML on a base model whose embeddings were not resized for it."""
+    def change(tokenizer):
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|over|>"]})
+        tokenizer.chat_template = template("<|over|>")
+
+    model = remake(change)
+    line = stopped(capsys, script.main, arguments(model, "--dry-run"))
+    assert "<|over|>" in line and "resize" in line
+    line = stopped(capsys, infer.main, ["2 + 3?", "--model", str(model)], informed=True)
+    assert "<|over|>" in line
+
+
+def test_a_tokenizer_without_an_end_is_refused_in_a_dry_run(remake, capsys):
+    def change(tokenizer):
+        tokenizer.eos_token = tokenizer.pad_token = None
+        tokenizer.chat_template = template("")
+
+    model = remake(change)
+    assert "no end token" in stopped(capsys, script.main, arguments(model, "--dry-run"))
+    line = stopped(capsys, infer.main, ["2 + 3?", "--model", str(model)], informed=True)
+    assert "no end token" in line
+
+
+@pytest.mark.parametrize("end", [
+    "</s>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<｜end▁of▁sentence｜>", "[/INST]", "a",
+    "</assistant>", "<|endofmessage|>", "ende.", "<конец>", "。", "abcdefghijklm",
+    "nopqrstuvwxyz", "<|return|>", "<|END_OF_TURN_TOKEN|>"])
+def test_an_end_token_of_any_letters_ends_a_turn(end, remake, capsys):
+    """None of its letters is taken for the reply's, and what it ends is cut there."""
+    model = remake(lambda _: None)
+    for file in model.glob("*.json*"):  # in place of a token that has a row
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text.replace("<|start_header_id|>", end), encoding="utf-8")
+    (model / "chat_template.jinja").write_text(template(end), encoding="utf-8")
+    tokenizer = script.load_tokenizer(script.find_base(str(model), None, True))
+    assert tokenizer.eos_token == end
+    dry(model, capsys)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "tokenizer.json"])
+def test_a_base_that_git_lfs_has_not_fetched_is_said(name, tiny_model, workplace, capsys):
+    place = Path(shutil.copytree(tiny_model, "cloned"))
+    if name.startswith("pytorch"):
+        (place / "model.safetensors").unlink()
+    (place / name).write_bytes(POINTER)
+    line = stopped(capsys, script.main, arguments(place, "--dry-run"))
+    assert "git lfs pull" in line and name in line
+    line = stopped(capsys, infer.main, ["2 + 3?", "--model", "cloned"], informed=True)
+    assert "git lfs pull" in line
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_terminal_that_can_not_show_a_sign_gets_a_question_mark(
+        encoding, tiny_model, workplace, monkeypatch):
+    rows = [{"question": f"Zoë hat {n} ½ 数 · — “Äpfel”?", "answer": str(n)} for n in range(40)]
+    Path("data.jsonl").write_text(lines(rows))
+    for run in (partial(script.main, arguments(tiny_model, "--dry-run")), partial(infer.main, [
+            "Zoë 数?", "--model", str(tiny_model), "--max-tokens", "9", "--json"])):
+        shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", shown)
+            run()
+        shown.flush()
+        said = shown.buffer.getvalue().decode(encoding)
+        assert "hat" in said and "?" in said or "Zo" in said
+
+
+PLACES = {  # a name -> the environment, what stands before the command
+    "ASCII": ({"PYTHONIOENCODING": "ascii"}, []),
+    "Latin-1": ({"PYTHONIOENCODING": "latin-1"}, []),
+    "the C locale": ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, []),
+    "no HOME": ({"HOME": None}, []),
+    "an unknown user": ({"HOME": None, "XDG_CACHE_HOME": None},
+                        ["setpriv", "--reuid", "54321", "--clear-groups"]),
+    "an unknown user at /": ({"HOME": "/", "XDG_CACHE_HOME": None},
+                             ["setpriv", "--reuid", "54321", "--clear-groups"]),
+}
+
+
+@slow
+@pytest.mark.parametrize("name", PLACES)
+def test_a_whole_run_and_its_answer_come_wherever_it_runs(name, tiny_model):
+    """In a directory that any user may write to, scripts, model and data in it."""
+    more, before = PLACES[name]
+    if before and (os.getuid() or not shutil.which("setpriv")):
+        pytest.skip("takes root and setpriv")
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        for file in HERE.glob("*.py"):
+            shutil.copy(file, place)
+        shutil.copytree(tiny_model, place / "model")
+        rows = [{"question": f"Zoë has {n} ½ 数 apples?", "answer": f"{n} · 1\n#### {n}"}
+                for n in range(40)]
+        (place / "data.jsonl").write_text(lines(rows))
+        (place / "noisy.py").write_text("def vowels(completions, **kwargs):\n    return [len("
+                                        "c[0]['content'].encode()) % 7 for c in completions]\n")
+        subprocess.run(["chmod", "-R", "a+rwX", place], check=True)
+        env = {key: value for key, value in (os.environ | more).items() if value is not None}
+        for told in (["reasoning_model_grpo.py", *arguments("model", "--warm-start", "1")],
+                     ["infer.py", "Zoë has 3 数?"], ["report.py", "outputs/smollm2-135m"]):
+            done = subprocess.run([*before, sys.executable, *told], cwd=place, env=env,
+                                  capture_output=True)
+            assert done.returncode == 0, (told[0], done.stderr[-2000:].decode("utf-8", "replace"))
+
+
+@slow
+@pytest.mark.parametrize("file", ["reasoning_model_grpo.py", "infer.py", "report.py"])
+def test_a_reader_that_has_enough_ends_any_script_in_silence(file, copied, tiny_model):
+    told = {"reasoning_model_grpo.py": arguments(tiny_model, "--dry-run"),
+            "infer.py": ["--file", "data.jsonl", "--max-tokens", "2", "--model", str(tiny_model)],
+            "report.py": ["outputs/smollm2-135m"]}[file]
+    shown = shlex.join([sys.executable, "-u", str(HERE / file), *told])
+    done = subprocess.run(f"{shown} | head -1", shell=True, text=True, capture_output=True)
+    assert done.stdout.count("\n") == 1
+    assert "Traceback" not in done.stderr and "Broken" not in done.stderr, done.stderr
+
+
+@slow
+def test_options_typed_after_run_in_a_notebook_are_read(tiny_model, workplace):
+    import nbclient
+    import nbformat
+
+    for file in HERE.glob("*.py"):
+        shutil.copy(file, workplace)
+    told = shlex.join(arguments(tiny_model, "--dry-run", "--max-steps", "7"))
+    Path("my infer.py").write_text((HERE / "infer.py").read_text())
+    cells = [f"%run reasoning_model_grpo.py {told}", f"%run ./reasoning_model_grpo.py {told}",
+             f"%run {shlex.quote(str(workplace / 'reasoning_model_grpo.py'))} {told}",
+             f"%run infer.py --model {tiny_model} --max-tokens 3 '2 + 3?'",
+             f"import infer\ninfer.main(['--model', '{tiny_model}', '2 + 3?', '--max-tokens',\n"
+             "            '3'])",
+             f"%run -i 'my infer.py' --model {tiny_model} --max-tokens 3 '2 + 3?'",
+             f"!{sys.executable} infer.py --model {tiny_model} --max-tokens 3 '2 + 3?'",
+             "import sys, runpy\nsys.argv = ['reasoning_model_grpo.py', '--max-stepps', '3']\n"
+             "runpy.run_path('reasoning_model_grpo.py', run_name='__main__')"]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(book, timeout=200, kernel_name="python3", allow_errors=True,
+                            resources={"metadata": {"path": str(workplace)}}).execute()
+    said = ["".join(o.get("text", "") + o.get("evalue", "") for o in cell.outputs)
+            for cell in book.cells]
+    assert all("steps:     7 x" in text for text in said[:3]), said[:3]
+    assert all("answer:" in text for text in said[3:7]), said[3:7]
+    assert "did you mean --max-steps" in said[7]
+    assert not Path("outputs").exists()
