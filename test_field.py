@@ -9,6 +9,7 @@ import bz2
 import gzip
 import io
 import json
+import logging
 import lzma
 import os
 import shlex
@@ -658,10 +659,10 @@ def test_columns_of_lists_reach_a_reward_as_lists(tiny_model, workplace):
     assert seen == [rows[0]["cases"]] * 4
 
 
-def test_a_malformed_row_in_a_folder_is_named(workplace, capsys):
+def test_a_malformed_row_in_a_folder_is_named(workplace, capsys, caplog):
     Path("folder").mkdir()
     Path("folder/train.jsonl").write_text('{"question": "a", "answer": "1"}\n{"question": \n')
-    script.quiet_libraries()
+    caplog.set_level(logging.CRITICAL, logger="datasets")  # as DATASETS_VERBOSITY in a process
     line = stopped(capsys, load, "--dataset", "folder", informed=True)
     assert "JSON" in line or "Expecting" in line or "row" in line
 
@@ -681,11 +682,11 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "folder/train.parquet", "a.csv",
                                   "folder/train.jsonl", "deep/data/train-0.parquet"])
-def test_data_that_git_lfs_has_not_fetched_is_said(name, workplace, capsys):
+def test_data_that_git_lfs_has_not_fetched_is_said(name, workplace, capsys, caplog):
     file = Path(name)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(POINTER)
-    script.quiet_libraries()
+    caplog.set_level(logging.CRITICAL, logger="datasets")  # as DATASETS_VERBOSITY in a process
     line = stopped(capsys, load, "--dataset", file.parts[0], informed=True)
     assert "git lfs pull" in line
 
