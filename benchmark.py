@@ -30,7 +30,7 @@ from pathlib import Path
 
 import infer
 import reasoning_model_grpo as script
-from rewards import OneLineParser, number, refuse_empty, stop
+from rewards import OneLineParser, existing_path, file_path, number, stop
 
 laptop = script.Lazy("laptop")  # it imports torch, and --help comes at once
 WAYS = DEFAULTS, BEST, SUITE = "TRL, defaults", "TRL, best flags", "this suite"
@@ -222,9 +222,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     add, count = parser.add_argument, number(int, 1)
-    add("--model", help="Hub id or directory; default: the packaged SmolLM2-135M-Instruct")
-    add("--adapter", metavar="DIR", help="that answers; default: without --model the "
-        "newest under outputs/, if any")
+    add("--model", type=existing_path,
+        help="Hub id or directory; default: the packaged SmolLM2-135M-Instruct")
+    add("--adapter", type=existing_path, metavar="DIR", help="that answers; default: without "
+        "--model the newest under outputs/, if any")
     add("--completion-length", type=number(int, 2), nargs="+", default=[53], metavar="TOKENS")
     add("--steps", type=count, default=3, help="counted ones of a process")
     add("--rounds", type=count, default=2, help="processes each, in turn")
@@ -233,9 +234,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--skip-training", action="store_true")
     add("--skip-answers", action="store_true")
     add("--small", action="store_true", help="for tests: 2 x 4 completions, less repeated")
-    add("--output", default="outputs/benchmark.json", metavar="FILE", help="or with a number added")
+    add("--output", type=file_path, default="outputs/benchmark.json", metavar="FILE",
+        help="or with a number added")
     args = parser.parse_args(argv)
-    refuse_empty(args, "model", "adapter", "output")
     if args.skip_training and args.skip_answers:
         stop("--skip-training and --skip-answers: leave one out")
     if not (args.adapter or args.model):

@@ -13,9 +13,10 @@ import argparse
 import itertools
 import json
 import math
+import os
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -348,14 +349,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = stop
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory")
+
+    def path(text: str) -> Path:
+        return Path(text).expanduser()
+
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="a run's directory")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, no file")
-    parser.add_argument("--output", type=Path, metavar="FILE.png", help="picture of several runs")
+    parser.add_argument("--output", type=path, metavar="FILE.png", help="picture of several runs")
     args = parser.parse_args(argv)
     if args.output and (args.json or len(args.runs) == 1):
         stop("--output is for the picture of several runs: leave it out")
+    with suppress(AttributeError, ValueError):  # a notebook's takes all
+        sys.stdout.reconfigure(errors="replace")  # what a terminal can't show
     try:
-        runs = [load(path) for path in args.runs]
+        runs = [load(place) for place in args.runs]
         if args.json:
             found = [{"name": run.name, "steps": len(run.steps)} | figures(run) for run in runs]
             print(json.dumps({"runs": found, "comparisons": compare(runs)}, indent=2))
@@ -363,6 +370,9 @@ def main(argv: list[str] | None = None) -> None:
             show_run(runs[0])
         else:
             show_runs(runs, args.output or args.runs[0].resolve().with_name("comparison.png"))
+    except BrokenPipeError:  # `| head` has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (OSError, ImportError) as problem:
         stop(f"{problem} (requirements-cpu.txt lists the packages needed)")
 

@@ -610,13 +610,6 @@ def take_any_terminal() -> None:
             stream.reconfigure(errors="replace")
 
 
-def refuse_empty(args, *names: str) -> None:
-    """Stop at an option that is there but empty: what it named is not replaced by a default."""
-    for name in names:
-        if getattr(args, name) == "":
-            stop(f"--{name} names nothing: is a variable unset?")
-
-
 def max_lora_rank(path: str | Path, fresh: int = 16) -> int:
     """The smallest rank that vLLM has kernels for and that holds the adapter in the directory
     `path`, or a `fresh` one where there is none."""
