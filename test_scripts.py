@@ -2400,8 +2400,8 @@ def test_the_benchmark_sets_each_way_beside_the_stock_one(tiny_model, tmp_path):
 @pytest.mark.parametrize("argv, says", [
     (["--step", "3"], "--steps"), (["--completion-length", "1"], "1"),
     (["--adapter", "nowhere"], "nowhere is no adapter directory"),
-    (["--model", "nosuch"], "nosuch"), (["--model", ""], "--model names nothing"),
-    (["--adapter", ""], "--adapter names nothing"), (["--output", ""], "--output names nothing"),
+    (["--model", "nosuch"], "nosuch"), (["--model", ""], "--model: ''"),
+    (["--adapter", ""], "--adapter: ''"), (["--output", ""], "--output: ''"),
     (["--skip-training", "--skip-answers"], "leave one out"),
     (["--output", "/dev/null/b.json", "--model", "TINY"], "/dev/null/b.json can't be written"),
     (["--output", "/proc/b.json", "--model", "TINY"], "/proc/b.json can't be written"),
