@@ -2017,7 +2017,7 @@ def test_the_real_model_learns_the_format(real_model, workplace, capsys):
     assert re.search(r"^answer: \d+$", capsys.readouterr().out, re.M)
 
 
-# Two engines have packages of their own. Their environments are made while other tests run, once
+# Three engines have packages of their own. Their environments are made while other tests run, once
 # for all workers: by the one that is first.
 def shared_place(tmp_path_factory) -> Path:
     place = tmp_path_factory.getbasetemp()
@@ -2039,7 +2039,8 @@ def environments(request, tmp_path_factory):
             ["install", "--no-deps", "cut_cross_entropy",
              *(f"{name}=={gpu[name]}" for name in ("unsloth", "unsloth_zoo"))],
             ["install", "tyro", "msgspec", "hf_transfer", "pydantic", "sentencepiece", "protobuf",
-             "pillow"]]}
+             "pillow"]],
+        "engine_python": []}  # made by a script of its own
     needed = {name for item in request.session.items for name in item.fixturenames}
     making = []
     for name in sorted(needed & steps.keys() - set(map(str.lower, os.environ))):
@@ -2049,6 +2050,8 @@ def environments(request, tmp_path_factory):
             pip = [str(place / "env/bin/python"), "-m", "pip", "-q", "--disable-pip-version-check"]
             lines = [[sys.executable, "-m", "venv", str(place / "env")],
                      *([*pip, *words] for words in steps[name])]
+            if name == "engine_python":
+                lines = [[sys.executable, str(HERE / ".ci/make_engine.py"), str(place / "env")]]
             making.append(subprocess.Popen(
                 f"({' && '.join(map(shlex.join, lines))}) 2> said; echo $? > code.part; "
                 "mv code.part code", shell=True, cwd=place))

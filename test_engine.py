@@ -1,0 +1,214 @@
+"""A GPU's code, every line but the card's own, on a CPU: `pytest -m slow test_engine.py`.
+
+Unsloth with vLLM's engine inside, both pinned as in requirements.txt, on a pretended card
+(.ci/pretend_gpu.py) with a tiny random Qwen2. The environment (.ci/make_engine.py, 3 minutes) is
+made while other tests run; ENGINE_PYTHON names the Python of one that is there.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from test_scripts import (  # noqa: F401  (fixtures)
+    HERE, environments, furnish, lines, made, read_rows, tiny_model,
+)
+
+sys.path.insert(0, str(HERE / ".ci"))
+import engine_checks  # noqa: E402
+
+STEPS = 3
+AGREE = 0.01  # between engine and trainer, of the tokens' log-probabilities; see the lost adapter
+# Rates at which a random model of two layers moves visibly in a step.
+OPTIONS = ["--dataset", "data.jsonl", "--reward-funcs", "engine_rewards.py:peak",
+           "--max-prompt-length", "800", "--max-completion-length", "8", "--max-steps", STEPS,
+           "--batch-size", "4", "--num-generations", "4", "--learning-rate", "0.002",
+           "--warm-start", "3", "--warm-start-learning-rate", "0.005", "--eval-questions", "6",
+           "--report-to", "none", "--output-dir", "run"]
+REWARDS = '''
+import os, signal
+from pathlib import Path
+
+def peak(completions, trainer_state=None, **kwargs):
+    """Differs even between random completions, and is highest after the first step."""
+    step = trainer_state.global_step if trainer_state else 0
+    if os.environ.get("KILL") and Path("run/checkpoint-2/trainer_state.json").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [len(set(c[-1]["content"].encode())) - 9 * abs(step - 1) for c in completions]
+'''
+
+
+@pytest.fixture(scope="session")
+def engine_python(environments, tmp_path_factory) -> str:  # noqa: F811
+    return made(tmp_path_factory, "engine_python")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tiny_model, tmp_path_factory) -> Path:  # noqa: F811
+    """A random Qwen2 of two layers, in bfloat16, whose ends are those of Qwen2.5-Instruct: one ends
+    a turn, the other is also what pads. Heads of 32, as vLLM's CPU kernels take no smaller ones."""
+    import torch
+    import transformers
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    transformers.set_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=320, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+        tie_word_embeddings=True, initializer_range=0.05, eos_token_id=end, pad_token_id=pad,
+        bos_token_id=None)).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(eos_token_id=[end, pad], pad_token_id=pad)
+    directory = tmp_path_factory.mktemp("qwen") / "tiny-qwen"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def on_card(engine_python, tiny_qwen, tmp_path_factory):
+    """run(place, card, script, *argv, **environment) -> the finished process."""
+    def run(place: Path, card: str, script: str, *argv, **more):
+        env = os.environ | {"PRETEND_GPU": card, "PYTHONPATH": "", "COLUMNS": "120",
+                            "ENGINE_LOG": str(place / "engine.log")} | more
+        argv = ["--model", tiny_qwen, *OPTIONS, *argv] if "grpo" in script else argv
+        return subprocess.run(
+            [engine_python, HERE / ".ci/pretend_gpu.py", HERE / script, *map(str, argv)],
+            cwd=place, env=env, text=True, capture_output=True, timeout=600)
+
+    return run
+
+
+def furnished(tmp_path_factory, name: str) -> Path:
+    place = furnish(tmp_path_factory.mktemp(name))
+    (place / "engine_rewards.py").write_text(REWARDS)
+    return place
+
+
+def take_log(place: Path) -> list[dict]:
+    """What the engine was asked since this was last called."""
+    file = place / "engine.log"
+    rows = read_rows(file)
+    file.unlink()
+    return rows
+
+
+def checksum(directory: Path) -> float:
+    from safetensors.torch import load_file
+
+    return sum(float(value.double().abs().sum())
+               for name, value in load_file(directory / "adapter_model.safetensors").items()
+               if "lora_B" in name)
+
+
+# ---- A run on each kind of card, killed and resumed ----------------------------------------------
+@pytest.fixture(scope="module", params=["a10g", "t4"])
+def trained(request, on_card, tmp_path_factory):
+    """(card, its directory, what each of two processes printed, what each asked of the engine)."""
+    card, place = request.param, furnished(tmp_path_factory, request.param)
+    options = ["--no-load-in-4bit", "--eval-steps", "1"]
+    first = on_card(place, card, "reasoning_model_grpo.py", *options, KILL="1")
+    assert first.returncode == -9, first.stderr[-3000:]
+    log = take_log(place)
+    second = on_card(place, card, "reasoning_model_grpo.py", "--resume", "--output-dir", "run")
+    assert second.returncode == 0, second.stderr[-3000:]
+    return card, place, (first, second), (log, take_log(place))
+
+
+@pytest.mark.slow
+def test_rollouts_come_from_the_adapter_as_it_is_at_that_step(trained):
+    _, place, _, logs = trained
+    for log in logs:
+        engine_checks.check_rollouts(log)
+    # First the start's validation; then each step's rollouts, and the validation of its end.
+    assert [len(engine_checks.rollouts_of(log)) for log in logs] == [6, 2]
+    engine_checks.check_agreement(place / "run", AGREE)
+
+
+@pytest.mark.slow
+def test_the_engine_sleeps_while_the_model_trains(trained):
+    _, _, _, logs = trained
+    for log in logs:
+        engine_checks.check_rests(log)
+    # Beside the rollouts: before, after the warm start, a few samples; after GRPO.
+    assert [sum(row["kind"] == "wake_up" for row in log) for log in logs] == [6 + 3, 2 + 1]
+
+
+@pytest.mark.slow
+def test_resume_after_a_kill_goes_on_with_the_same_adapter(trained):
+    _, place, (first, second), logs = trained
+    steps = [re.findall("^step ./3", process.stdout, re.M) for process in (first, second)]
+    assert steps == [["step 1/3", "step 2/3"], ["step 3/3"]]
+    going_on = engine_checks.rollouts_of(logs[1])[0]
+    assert going_on["sent"] == pytest.approx(checksum(place / "run/checkpoint-2"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_best_adapter_is_kept_and_measured(trained):
+    _, place, (_, second), logs = trained
+    assert "kept: step 1 (best validation reward" in second.stdout
+    kept = checksum(place / "run/grpo_saved_lora")
+    # Saving rounds to 16 bits; a step moves far more.
+    assert kept == pytest.approx(checksum(place / "run/checkpoint-1"), rel=1e-3)
+    assert kept != pytest.approx(checksum(place / "run/checkpoint-3"), rel=1e-3)
+    (measured,) = [row for row in logs[1] if row["kind"] == "asked" and not row["for_training"]]
+    assert measured["sent"] == pytest.approx(kept, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_card_gets_what_it_can_compute(trained):
+    card, _, (first, _), logs = trained
+    (engine,) = [row for row in logs[0] if row["kind"] == "engine"]
+    dtype, share, backend = {"a10g": ("bfloat16", 0.77, "FLASH_ATTN"),
+                             "t4": ("float16", 0.74, "None")}[card]  # None: vLLM chooses
+    assert engine["dtype"] == dtype and f"parameters, {dtype}, LoRA" in first.stdout
+    assert engine["share"] == pytest.approx(share, abs=0.011)
+    assert engine["asked_backend"] == backend
+    assert engine["sleeps"] and engine["max_model_len"] == 808 and engine["lora_rank"] == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["unsloth", "vllm", "transformers"])
+def test_infer_says_what_was_measured(engine, trained, on_card):
+    card, place, _, _ = trained
+    rows = read_rows(place / "run/evaluation_after.jsonl")
+    (place / "ask.jsonl").write_text(lines({"question": row["question"]} for row in rows))
+    done = on_card(place, card, "infer.py", "--adapter", "run/grpo_saved_lora", "--engine", engine,
+                   "--file", "ask.jsonl", "--jsonl", f"{engine}.jsonl")
+    assert done.returncode == 0 and f"; engine {engine} (" in done.stderr, done.stderr[-3000:]
+    engine_checks.check_same_answers(place / "run", place / f"{engine}.jsonl")
+    if engine != "transformers":
+        (asked,) = [row for row in take_log(place) if row["kind"] == "asked"]
+        assert asked["sent"] == pytest.approx(checksum(place / "run/grpo_saved_lora"), rel=1e-6)
+
+
+# ---- One step each of what else there is ---------------------------------------------------------
+@pytest.mark.slow
+def test_a_lost_adapter_would_be_seen(on_card, tmp_path_factory):
+    place = furnished(tmp_path_factory, "lost")
+    done = on_card(place, "a10g", "reasoning_model_grpo.py", "--no-load-in-4bit", "--max-steps",
+                   "1", "--skip-evaluation", ENGINE_FAULT="no-adapter")
+    assert done.returncode == 0, done.stderr[-3000:]
+    with pytest.raises(AssertionError, match="written with an adapter of sum 0"):
+        engine_checks.check_rollouts(take_log(place))
+    with pytest.raises(AssertionError, match="above"):
+        engine_checks.check_agreement(place / "run", AGREE)
+
+
+@pytest.mark.slow
+def test_in_4_bits_two_steps(on_card, tmp_path_factory):
+    place = furnished(tmp_path_factory, "packed")
+    done = on_card(place, "a10g", "reasoning_model_grpo.py", "--load-in-4bit", "--max-steps", "2",
+                   "--skip-evaluation", "--max-completion-length", "4", "--batch-size", "2",
+                   "--num-generations", "2", "--warm-start", "1")
+    assert done.returncode == 0 and ", 4-bit, " in done.stdout, done.stderr[-3000:]
+    log = take_log(place)
+    assert [row["quantization"] for row in log if row["kind"] == "engine"] == ["bitsandbytes"]
+    engine_checks.check_rollouts(log)
+    engine_checks.check_rests(log)
+    engine_checks.check_agreement(place / "run", AGREE)
