@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -37,7 +38,7 @@ def peak(completions, trainer_state=None, **kwargs):
     step = trainer_state.global_step if trainer_state else 0
     if os.environ.get("KILL") and Path("run/checkpoint-2/trainer_state.json").exists():
         os.kill(os.getpid(), signal.SIGKILL)
-    return [len(set(c[-1]["content"].encode())) - 9 * abs(step - 1) for c in completions]
+    return [sum(c[-1]["content"].encode()) % 17 - 20 * abs(step - 1) for c in completions]
 '''
 
 
@@ -109,64 +110,63 @@ def checksum(directory: Path) -> float:
 # ---- A run on each kind of card, killed and resumed ----------------------------------------------
 @pytest.fixture(scope="module", params=["a10g", "t4"])
 def trained(request, on_card, tmp_path_factory):
-    """(card, its directory, what each of two processes printed, what each asked of the engine)."""
+    """(card, its directory, the adapter's checksum at the kill, the two processes, their logs)."""
     card, place = request.param, furnished(tmp_path_factory, request.param)
     options = ["--no-load-in-4bit", "--eval-steps", "1"]
     first = on_card(place, card, "reasoning_model_grpo.py", *options, KILL="1")
     assert first.returncode == -9, first.stderr[-3000:]
-    log = take_log(place)
+    log, killed = take_log(place), checksum(place / "run/checkpoint-2")
     second = on_card(place, card, "reasoning_model_grpo.py", "--resume", "--output-dir", "run")
     assert second.returncode == 0, second.stderr[-3000:]
-    return card, place, (first, second), (log, take_log(place))
+    return SimpleNamespace(card=card, place=place, run=place / "run", killed=killed,
+                           printed=(first.stdout, second.stdout), logs=(log, take_log(place)))
 
 
 @pytest.mark.slow
 def test_rollouts_come_from_the_adapter_as_it_is_at_that_step(trained):
-    _, place, _, logs = trained
-    for log in logs:
+    for log in trained.logs:
         engine_checks.check_rollouts(log)
     # First the start's validation; then each step's rollouts, and the validation of its end.
-    assert [len(engine_checks.rollouts_of(log)) for log in logs] == [6, 2]
-    engine_checks.check_agreement(place / "run", AGREE)
+    assert [len(engine_checks.rollouts_of(log)) for log in trained.logs] == [6, 2]
+    engine_checks.check_agreement(trained.run, AGREE)
 
 
 @pytest.mark.slow
 def test_the_engine_sleeps_while_the_model_trains(trained):
-    _, _, _, logs = trained
-    for log in logs:
+    for log in trained.logs:
         engine_checks.check_rests(log)
     # Beside the rollouts: before, after the warm start, a few samples; after GRPO.
-    assert [sum(row["kind"] == "wake_up" for row in log) for log in logs] == [6 + 3, 2 + 1]
+    wakes = [sum(row["kind"] == "wake_up" for row in log) for log in trained.logs]
+    assert wakes == [6 + 3, 2 + 1]
 
 
 @pytest.mark.slow
 def test_resume_after_a_kill_goes_on_with_the_same_adapter(trained):
-    _, place, (first, second), logs = trained
-    steps = [re.findall("^step ./3", process.stdout, re.M) for process in (first, second)]
+    steps = [re.findall("^step ./3", printed, re.M) for printed in trained.printed]
     assert steps == [["step 1/3", "step 2/3"], ["step 3/3"]]
-    going_on = engine_checks.rollouts_of(logs[1])[0]
-    assert going_on["sent"] == pytest.approx(checksum(place / "run/checkpoint-2"), rel=1e-4)
+    going_on = engine_checks.rollouts_of(trained.logs[1])[0]
+    assert going_on["sent"] == pytest.approx(trained.killed, rel=1e-6)
+    assert going_on["sent"] == engine_checks.rollouts_of(trained.logs[0])[-1]["sent"]
 
 
 @pytest.mark.slow
 def test_the_best_adapter_is_kept_and_measured(trained):
-    _, place, (_, second), logs = trained
-    assert "kept: step 1 (best validation reward" in second.stdout
-    kept = checksum(place / "run/grpo_saved_lora")
+    assert "kept: step 1 (best validation reward" in trained.printed[1]
+    kept = checksum(trained.run / "grpo_saved_lora")
     # Saving rounds to 16 bits; a step moves far more.
-    assert kept == pytest.approx(checksum(place / "run/checkpoint-1"), rel=1e-3)
-    assert kept != pytest.approx(checksum(place / "run/checkpoint-3"), rel=1e-3)
-    (measured,) = [row for row in logs[1] if row["kind"] == "asked" and not row["for_training"]]
+    assert kept == pytest.approx(checksum(trained.run / "checkpoint-1"), rel=1e-4)
+    assert kept != pytest.approx(checksum(trained.run / "checkpoint-3"), rel=1e-4)
+    (measured,) = [row for row in trained.logs[1]
+                   if row["kind"] == "asked" and not row["for_training"]]
     assert measured["sent"] == pytest.approx(kept, rel=1e-6)
 
 
 @pytest.mark.slow
 def test_a_card_gets_what_it_can_compute(trained):
-    card, _, (first, _), logs = trained
-    (engine,) = [row for row in logs[0] if row["kind"] == "engine"]
+    (engine,) = [row for row in trained.logs[0] if row["kind"] == "engine"]
     dtype, share, backend = {"a10g": ("bfloat16", 0.77, "FLASH_ATTN"),
-                             "t4": ("float16", 0.74, "None")}[card]  # None: vLLM chooses
-    assert engine["dtype"] == dtype and f"parameters, {dtype}, LoRA" in first.stdout
+                             "t4": ("float16", 0.74, "None")}[trained.card]  # None: vLLM chooses
+    assert engine["dtype"] == dtype and f"parameters, {dtype}, LoRA" in trained.printed[0]
     assert engine["share"] == pytest.approx(share, abs=0.011)
     assert engine["asked_backend"] == backend
     assert engine["sleeps"] and engine["max_model_len"] == 808 and engine["lora_rank"] == 16
@@ -175,16 +175,16 @@ def test_a_card_gets_what_it_can_compute(trained):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["unsloth", "vllm", "transformers"])
 def test_infer_says_what_was_measured(engine, trained, on_card):
-    card, place, _, _ = trained
-    rows = read_rows(place / "run/evaluation_after.jsonl")
+    place = trained.place
+    rows = read_rows(trained.run / "evaluation_after.jsonl")
     (place / "ask.jsonl").write_text(lines({"question": row["question"]} for row in rows))
-    done = on_card(place, card, "infer.py", "--adapter", "run/grpo_saved_lora", "--engine", engine,
+    done = on_card(place, trained.card, "infer.py", "--adapter", "run/grpo_saved_lora", "--engine", engine,
                    "--file", "ask.jsonl", "--jsonl", f"{engine}.jsonl")
     assert done.returncode == 0 and f"; engine {engine} (" in done.stderr, done.stderr[-3000:]
-    engine_checks.check_same_answers(place / "run", place / f"{engine}.jsonl")
+    engine_checks.check_same_answers(trained.run, place / f"{engine}.jsonl")
     if engine != "transformers":
         (asked,) = [row for row in take_log(place) if row["kind"] == "asked"]
-        assert asked["sent"] == pytest.approx(checksum(place / "run/grpo_saved_lora"), rel=1e-6)
+        assert asked["sent"] == pytest.approx(checksum(trained.run / "grpo_saved_lora"), rel=1e-6)
 
 
 # ---- One step each of what else there is ---------------------------------------------------------
@@ -204,8 +204,8 @@ def test_a_lost_adapter_would_be_seen(on_card, tmp_path_factory):
 def test_in_4_bits_two_steps(on_card, tmp_path_factory):
     place = furnished(tmp_path_factory, "packed")
     done = on_card(place, "a10g", "reasoning_model_grpo.py", "--load-in-4bit", "--max-steps", "2",
-                   "--skip-evaluation", "--max-completion-length", "4", "--batch-size", "2",
-                   "--num-generations", "2", "--warm-start", "1")
+                   "--skip-evaluation", "--batch-size", "2", "--num-generations", "2",
+                   "--warm-start", "1")
     assert done.returncode == 0 and ", 4-bit, " in done.stdout, done.stderr[-3000:]
     log = take_log(place)
     assert [row["quantization"] for row in log if row["kind"] == "engine"] == ["bitsandbytes"]
