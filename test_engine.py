@@ -5,6 +5,7 @@ Unsloth with vLLM's engine inside, both pinned as in requirements.txt, on a pret
 made while other tests run; ENGINE_PYTHON names the Python of one that is there.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -14,8 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 
+import reasoning_model_grpo as script
 from test_scripts import (  # noqa: F401  (fixtures)
-    HERE, environments, furnish, lines, made, read_rows, tiny_model,
+    HERE, arguments, environments, furnish, lines, made, read_rows, stopped, tiny_model, workplace,
 )
 
 sys.path.insert(0, str(HERE / ".ci"))
@@ -108,7 +110,9 @@ def checksum(directory: Path) -> float:
 
 
 # ---- A run on each kind of card, killed and resumed ----------------------------------------------
-@pytest.fixture(scope="module", params=["a10g", "t4"])
+@pytest.fixture(scope="module", params=[
+    pytest.param(card, marks=pytest.mark.xdist_group(f"engine on {card}"))  # trained once
+    for card in ("a10g", "t4")])
 def trained(request, on_card, tmp_path_factory):
     """(card, its directory, the adapter's checksum at the kill, the two processes, their logs)."""
     card, place = request.param, furnished(tmp_path_factory, request.param)
@@ -178,8 +182,8 @@ def test_infer_says_what_was_measured(engine, trained, on_card):
     place = trained.place
     rows = read_rows(trained.run / "evaluation_after.jsonl")
     (place / "ask.jsonl").write_text(lines({"question": row["question"]} for row in rows))
-    done = on_card(place, trained.card, "infer.py", "--adapter", "run/grpo_saved_lora", "--engine", engine,
-                   "--file", "ask.jsonl", "--jsonl", f"{engine}.jsonl")
+    done = on_card(place, trained.card, "infer.py", "--adapter", "run/grpo_saved_lora",
+                   "--engine", engine, "--file", "ask.jsonl", "--jsonl", f"{engine}.jsonl")
     assert done.returncode == 0 and f"; engine {engine} (" in done.stderr, done.stderr[-3000:]
     engine_checks.check_same_answers(trained.run, place / f"{engine}.jsonl")
     if engine != "transformers":
@@ -212,3 +216,69 @@ def test_in_4_bits_two_steps(on_card, tmp_path_factory):
     engine_checks.check_rollouts(log)
     engine_checks.check_rests(log)
     engine_checks.check_agreement(place / "run", AGREE)
+
+
+# ---- The decisions, in the README's table --------------------------------------------------------
+COLUMNS = {  # what a machine has: the pretended card, its environment, what is typed
+    "T4, 15 GB": ("t4", {}, []),
+    "L4, A10: 24 GB": ("l4", {}, []),
+    "A100, 40 GB": ("a100", {}, []),
+    "two T4, one process": ("two-t4", {}, []),
+    "two T4, `accelerate launch` and `--recipe qwen-0.5b-fp32`":
+        ("t4", {"WORLD_SIZE": "2"}, ["--recipe", "qwen-0.5b-fp32"]),
+}
+
+
+def decision_table(cells: list[dict]) -> str:
+    """Markdown, a column a machine."""
+    rows = {
+        "who trains; who writes the rollouts": [
+            "Unsloth; vLLM inside it" if cell["engine"] == "colocate" else
+            "transformers; the model itself" for cell in cells],
+        "computes in": [cell["dtype"] for cell in cells],
+        "weights": [cell["weights"] for cell in cells],
+        "vLLM's attention": [cell.get("attention", "–") for cell in cells],
+        "vLLM's share of the memory": [f"{cell['share']:.2f}" if "share" in cell else "–"
+                                       for cell in cells],
+        "completions a step": [f"{cell['questions']} x {cell['completions']}" for cell in cells],
+        "printed": [f"`{'; '.join([*cell['said'], cell['device']])}`" for cell in cells],
+    }
+    lines = ["", *COLUMNS], ["---"] * (len(COLUMNS) + 1), *([name, *row]
+                                                              for name, row in rows.items())
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("|  |", "| |")
+
+
+@pytest.mark.slow
+def test_the_readmes_decisions_are_those_of_the_cards(engine_python, tiny_qwen, tmp_path):
+    furnish(tmp_path)
+    running = [subprocess.Popen(
+        [engine_python, HERE / ".ci/pretend_gpu.py", HERE / ".ci/decisions.py", "--model",
+         tiny_qwen, "--dataset", "data.jsonl", *typed], text=True, cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"PRETEND_GPU": card, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"} | more)
+        for card, more, typed in COLUMNS.values()]
+    said = [process.communicate(timeout=600) for process in running]
+    for process, (_, errors) in zip(running, said):
+        assert process.returncode == 0, errors[-3000:]
+    table = decision_table([json.loads(out.splitlines()[-1]) for out, _ in said])
+    assert table in (HERE / "README.md").read_text(encoding="utf-8"), f"README.md lacks\n{table}"
+
+
+# ---- What a broken gradient says, wherever it trains ---------------------------------------------
+def test_a_warm_start_whose_gradient_is_not_finite_says_so(
+        workplace, tiny_model, monkeypatch, capsys):  # noqa: F811
+    import trl
+
+    compute = trl.SFTTrainer.compute_loss
+
+    def compute_loss(self, *given, **how):
+        loss = compute(self, *given, **how)
+        return loss * float("nan") if self.state.global_step == 1 else loss
+
+    monkeypatch.setattr(trl.SFTTrainer, "compute_loss", compute_loss)
+    argv = arguments(tiny_model, "--warm-start", "3", "--output-dir", "run")
+    line = stopped(capsys, script.main, argv, informed=True)
+    assert "the gradient of supervised step 2 was not finite" in line
+    assert "--warm-start-learning-rate" in line
+    assert not (workplace / "run/warm_start_lora").exists()
+    assert not (workplace / "run/metrics.jsonl").exists()  # GRPO has not begun

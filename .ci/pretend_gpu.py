@@ -204,6 +204,16 @@ def load_models_on_cpu(module) -> None:
 # ---- vLLM ----------------------------------------------------------------------------------------
 @after_import("vllm.platforms.cpu")
 def allow_sleep(module) -> None:
+    """And compile nothing, with or without an adapter."""
+    configure = module.CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls, config):
+        from vllm.config import CompilationMode
+
+        configure(cls, config)
+        config.compilation_config.mode = CompilationMode.NONE
+
+    module.CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
     module.CpuPlatform.is_sleep_mode_available = says(True)
 
 
