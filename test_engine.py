@@ -218,6 +218,80 @@ def test_in_4_bits_two_steps(on_card, tmp_path_factory):
     engine_checks.check_agreement(place / "run", AGREE)
 
 
+# ---- Other ways to the same rollouts -------------------------------------------------------------
+before_release = pytest.mark.skipif(
+    "ENGINE_ALL" not in os.environ, reason="before a release: bash .ci/engine_check.sh")
+COLOCATE = ["--backend", "transformers", "--vllm", "colocate"]
+
+
+def one_run(on_card, tmp_path_factory, name: str, card: str, *typed, **env):
+    """(where, what it printed, what the engine was asked) of two steps in 16 bits."""
+    place = furnished(tmp_path_factory, name)
+    done = on_card(place, card, "reasoning_model_grpo.py", "--no-load-in-4bit", "--max-steps", "2",
+                   *typed, **env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step 2/2" in done.stdout and "after GRPO" in done.stdout
+    return place, done.stdout, take_log(place)
+
+
+@pytest.mark.slow
+def test_trls_engine_beside_the_model_gets_its_weights(on_card, tmp_path_factory):
+    """Without Unsloth: TRL sends the merged weights to an engine of its own at each step."""
+    place, printed, log = one_run(on_card, tmp_path_factory, "beside", "a10g",
+                                  PRETEND_WITHOUT="unsloth,unsloth_zoo")
+    assert "backend transformers, since unsloth is not installed; rollouts through vLLM" in printed
+    assert len(engine_checks.rollouts_of(log)) == 2
+    engine_checks.check_agreement(place / "run", AGREE)
+
+
+@pytest.mark.slow
+@before_release
+def test_weights_that_are_not_sent_would_be_seen(on_card, tmp_path_factory):
+    place, _, _ = one_run(on_card, tmp_path_factory, "stale", "a10g", *COLOCATE,
+                          ENGINE_FAULT="no-weights")
+    with pytest.raises(AssertionError, match="above"):
+        engine_checks.check_agreement(place / "run", AGREE)
+
+
+@pytest.mark.slow
+@before_release
+@pytest.mark.parametrize("card, dtype", [("a10g", "bfloat16"), ("t4", "float32")])
+def test_trls_engine_as_asked(card, dtype, on_card, tmp_path_factory):
+    place, printed, log = one_run(on_card, tmp_path_factory, "asked", card, *COLOCATE)
+    assert f"parameters, {dtype}, LoRA" in printed and "backend transformers, since as" in printed
+    (engine,) = [row for row in log if row["kind"] == "engine"]
+    assert engine["dtype"] == dtype and engine["share"] == 0.5
+    assert engine["asked_backend"] == ("TRITON_ATTN" if card == "t4" else "None")
+    engine_checks.check_agreement(place / "run", AGREE)
+
+
+@pytest.mark.slow
+@before_release
+def test_unsloth_without_vllm(on_card, tmp_path_factory):
+    place, printed, log = one_run(on_card, tmp_path_factory, "without", "a10g",
+                                  PRETEND_WITHOUT="vllm")
+    assert "since a GPU and unsloth; rollouts without vLLM, which is not installed" in printed
+    assert [row["kind"] for row in log] == ["card"]
+    rows = read_rows(place / "run/evaluation_after.jsonl")
+    (place / "ask.jsonl").write_text(lines({"question": row["question"]} for row in rows))
+    done = on_card(place, "a10g", "infer.py", "--adapter", "run/grpo_saved_lora",
+                   "--file", "ask.jsonl", "--jsonl", "said.jsonl", PRETEND_WITHOUT="vllm")
+    assert "engine transformers (vLLM is not installed)" in done.stderr, done.stderr[-3000:]
+    engine_checks.check_same_answers(place / "run", place / "said.jsonl")
+
+
+@pytest.mark.slow
+@before_release
+@pytest.mark.parametrize("typed", [[], ["--backend", "transformers", "--vllm", "off"]])
+def test_two_cards_and_one_process_train_as_one(typed, on_card, tmp_path_factory):
+    _, printed, log = one_run(on_card, tmp_path_factory, "two", "two-t4", *typed)
+    assert printed.count("one of several GPUs is used") == 1
+    assert "steps:     2 x 1 questions x 4 completions" in printed
+    assert log[0]["count"] == 2
+    if not typed:
+        engine_checks.check_rollouts(log)
+
+
 # ---- The decisions, in the README's table --------------------------------------------------------
 COLUMNS = {  # what a machine has: the pretended card, its environment, what is typed
     "T4, 15 GB": ("t4", {}, []),

@@ -5,7 +5,7 @@
 A line is one of: "engine" (how it was made), "adapter" (a LoRA request was made), "asked" (it wrote
 completions), "sleep", "wake_up". Adapters are told by a checksum, the sum of |lora_B|: it is 0 in a
 fresh adapter and moves with every step. ENGINE_FAULT=no-adapter drops the adapter of every request
-behind the caller's back, so that what checks rollouts can be seen to fail.
+behind the caller's back, no-weights those that TRL sends, so that checks can be seen to fail.
 """
 
 import importlib.abc
@@ -143,6 +143,12 @@ def log_sleep(module) -> None:
             log("wake_up")
 
     Executor.sleep, Executor.wake_up = log_asleep, log_awake
+
+
+@after_import("trl.generation.vllm_generation")
+def lose_weights(module) -> None:
+    if os.environ.get("ENGINE_FAULT") == "no-weights":
+        module.VLLMGeneration.sync_weights = lambda self: None
 
 
 def run_script(argv: list[str]) -> None:

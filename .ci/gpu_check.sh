@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What needs a GPU, as one table: each backend trains 60 steps, is measured before and after, saves,
-# and reads its adapter back.
+# and reads its adapter back. Where vLLM writes the rollouts, engine_checks.py then holds the run to
+# what test_engine.py asks of a pretended card.
 #
 #   bash .ci/gpu_check.sh                       # all four; Qwen2.5-0.5B and GSM8K from the Hub
 #   bash .ci/gpu_check.sh unsloth-4bit-vllm     # one of them
@@ -24,8 +25,19 @@ mkdir -p "$out"
 for name in ${@:-transformers transformers-4bit unsloth-4bit unsloth-4bit-vllm}; do
     echo "== $name"
     # shellcheck disable=SC2086
-    python reasoning_model_grpo.py "${common[@]}" ${checks[$name]} ${MORE:-} \
-        --output-dir "$out/$name" 2>&1 | tee "$out/$name.log" | grep -v "^step "
+    ENGINE_LOG="$out/$name.engine" python .ci/engine_log.py reasoning_model_grpo.py \
+        "${common[@]}" ${checks[$name]} ${MORE:-} --output-dir "$out/$name" 2>&1 |
+        tee "$out/$name.log" | grep -v "^step "
+    [[ $name == *-vllm ]] || continue
+    python -c "import json, sys
+for line in open(sys.argv[1]): print(json.dumps({'question': json.loads(line)['question']}))" \
+        "$out/$name/evaluation_after.jsonl" > "$out/$name/asked.jsonl"
+    for engine in unsloth vllm transformers; do
+        python infer.py --adapter "$out/$name/grpo_saved_lora" --engine "$engine" \
+            --file "$out/$name/asked.jsonl" --jsonl "$out/$name/$engine.jsonl"
+    done
+    python .ci/engine_checks.py "$out/$name" "$out/$name.engine" \
+        "$out/$name"/{unsloth,vllm,transformers}.jsonl
 done
 python - "$out" <<'TABLE'
 import json, pathlib, re, sys
