@@ -25,7 +25,8 @@ from types import SimpleNamespace
 
 from rewards import (
     FORMATS, OneLineParser, adapter_naming, after_thinking, answer_block, build_prompt,
-    choose_backend, complete_with_vllm, existing_path, file_path, fold_system, in_a_cell,
+    choose_backend, complete_with_vllm, existing_path, file_path, fold_system, hide_loading_bars,
+    in_a_cell,
     max_lora_rank, number, printable, quiet, refuses_system, render_prompts, stop,
     take_any_terminal, vote,
 )
@@ -273,6 +274,7 @@ def with_unsloth(args, base, tokenizer, dtype: str, room: int):
     os.environ.setdefault("UNSLOTH_VLLM_NO_FLASHINFER", "1")  # as in training
     from unsloth import FastLanguageModel
 
+    hide_loading_bars()
     four_bit = base.run.get("options", {}).get("load_in_4bit", False)
     # With the adapter, not the base alone: only then the model has load_lora.
     with adapter_naming(base.path, base.adapter) as path:

@@ -48,9 +48,9 @@ from typing import NamedTuple
 from rewards import (
     FORMATS, REWARD_FUNCS, Completion, OneLineParser, adapter_naming, answer_fault, build_prompt,
     choose_backend, complete_with_vllm, completion_text, did_you_mean, existing_path,
-    extract_hash_answer, file_path, fold_system, format_fault, in_a_cell, is_correct, max_lora_rank,
-    message_text, number, parse_gold, printable, quiet, refuses_system, render_prompts, stop,
-    take_any_terminal, vote,
+    extract_hash_answer, file_path, fold_system, format_fault, hide_loading_bars, in_a_cell,
+    is_correct, max_lora_rank, message_text, number, parse_gold, printable, quiet, refuses_system,
+    render_prompts, stop, take_any_terminal, vote,
 )
 
 
@@ -526,6 +526,9 @@ def start_backend(args) -> None:
         import trl.generation.vllm_generation as rollouts
 
         rollouts.LLM = partial(rollouts.LLM, attention_backend="TRITON_ATTN")
+    if args.vllm == "colocate":
+        with quiet():
+            hide_loading_bars()
     quiet_libraries()
     other = [f"{name} {have}, not {tested}" for name, tested in TESTED.items()
              if (have := installed(name)) and have.partition("+")[0] != tested]

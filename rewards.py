@@ -24,6 +24,7 @@ import unicodedata
 from collections import Counter
 from contextlib import contextmanager, redirect_stdout, suppress
 from decimal import Context, Decimal
+from functools import partialmethod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple, NoReturn
@@ -623,6 +624,13 @@ def quiet():
     """A context in which banners go to a true file, as vLLM asks for its number. It stays open, for
     the loggers that take it for theirs."""
     return redirect_stdout(open(os.devnull, "w"))  # noqa: SIM115
+
+
+def hide_loading_bars() -> None:
+    """vLLM's, by its own option, which neither Unsloth nor TRL passes on; errors show as ever."""
+    from vllm import LLM
+
+    LLM.__init__ = partialmethod(LLM.__init__, use_tqdm_on_load=False)
 
 
 @contextmanager

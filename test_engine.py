@@ -122,6 +122,7 @@ def trained(request, on_card, tmp_path_factory):
     log, killed = take_log(place), checksum(place / "run/checkpoint-2")
     second = on_card(place, card, "reasoning_model_grpo.py", "--resume", "--output-dir", "run")
     assert second.returncode == 0, second.stderr[-3000:]
+    assert "shards" not in second.stderr  # vLLM's bars
     return SimpleNamespace(card=card, place=place, run=place / "run", killed=killed,
                            printed=(first.stdout, second.stdout), logs=(log, take_log(place)))
 
@@ -185,6 +186,7 @@ def test_infer_says_what_was_measured(engine, trained, on_card):
     done = on_card(place, trained.card, "infer.py", "--adapter", "run/grpo_saved_lora",
                    "--engine", engine, "--file", "ask.jsonl", "--jsonl", f"{engine}.jsonl")
     assert done.returncode == 0 and f"; engine {engine} (" in done.stderr, done.stderr[-3000:]
+    assert "shards" not in done.stderr
     engine_checks.check_same_answers(trained.run, place / f"{engine}.jsonl")
     if engine != "transformers":
         (asked,) = [row for row in take_log(place) if row["kind"] == "asked"]
