@@ -1390,11 +1390,13 @@ def set_fields(pairs: list[str], known: dict, owned: dict) -> dict:
     return fields
 
 
-def use_one_gpu(config):
+def use_one_gpu(config, aloud: bool = True):
     """One process on several GPUs would wrap the model and double the batch: groups misalign."""
     if config.n_gpu > 1:
         config._n_gpu = 1
-        print("one of several GPUs is used; `accelerate launch --num_processes N` uses more")
+        if aloud:
+            print("one of several GPUs is used; `accelerate launch --num_processes N` uses more, "
+                  "without Unsloth")
     return config
 
 
@@ -1447,7 +1449,7 @@ def warm_start(run: Run, model, config, saved: Path) -> None:
         output_dir=str(place), max_steps=args.warm_start, max_length=None, report_to="none",
         per_device_train_batch_size=WARM_START_BATCH, gradient_accumulation_steps=1,
         learning_rate=args.warm_start_learning_rate, lr_scheduler_type="linear", warmup_steps=0,
-        **{name: getattr(config, name) for name in same}))
+        **{name: getattr(config, name) for name in same}), aloud=False)
     _, watch = run_trainer(trl.SFTTrainer, config, place, processing_class=run.tokenizer,
                            train_dataset=datasets.Dataset.from_list(pairs), model=model)
     if watch.interrupted:
