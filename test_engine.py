@@ -297,31 +297,28 @@ def test_two_cards_and_one_process_train_as_one(typed, on_card, tmp_path_factory
 # ---- The decisions, in the README's table --------------------------------------------------------
 COLUMNS = {  # what a machine has: the pretended card, its environment, what is typed
     "T4, 15 GB": ("t4", {}, []),
-    "L4, A10: 24 GB": ("l4", {}, []),
+    "L4 or A10, 24 GB": ("l4", {}, []),
     "A100, 40 GB": ("a100", {}, []),
-    "two T4, one process": ("two-t4", {}, []),
-    "two T4, `accelerate launch` and `--recipe qwen-0.5b-fp32`":
+    "two T4, `accelerate launch`, `--recipe qwen-0.5b-fp32`":
         ("t4", {"WORLD_SIZE": "2"}, ["--recipe", "qwen-0.5b-fp32"]),
 }
 
 
 def decision_table(cells: list[dict]) -> str:
     """Markdown, a column a machine."""
-    rows = {
-        "who trains; who writes the rollouts": [
-            "Unsloth; vLLM inside it" if cell["engine"] == "colocate" else
-            "transformers; the model itself" for cell in cells],
-        "computes in": [cell["dtype"] for cell in cells],
-        "weights": [cell["weights"] for cell in cells],
-        "vLLM's attention": [cell.get("attention", "–") for cell in cells],
-        "vLLM's share of the memory": [f"{cell['share']:.2f}" if "share" in cell else "–"
-                                       for cell in cells],
-        "completions a step": [f"{cell['questions']} x {cell['completions']}" for cell in cells],
-        "printed": [f"`{'; '.join([*cell['said'], cell['device']])}`" for cell in cells],
-    }
-    lines = ["", *COLUMNS], ["---"] * (len(COLUMNS) + 1), *([name, *row]
-                                                              for name, row in rows.items())
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("|  |", "| |")
+    shares = [f"{cell['share']:.2f}" if "share" in cell else "–" for cell in cells]
+    steps = [f"{cell['questions']} x {cell['completions']}" for cell in cells]
+    whys = [re.search("backend (.*?)(; vLLM's share|$)", cell["device"])[1] for cell in cells]
+    rows = [
+        ["computes in", *(cell["dtype"] for cell in cells)],
+        ["weights", *(cell["weights"] for cell in cells)],
+        ["vLLM's attention", *(cell.get("attention", "–") for cell in cells)],
+        ["vLLM's share of the memory", *shares],
+        ["questions x completions a step", *steps],
+        ["the plan says", *(f"`backend {why}`" for why in whys)],
+    ]
+    head = [f"| | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 @pytest.mark.slow
