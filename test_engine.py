@@ -310,8 +310,7 @@ def decision_table(cells: list[dict]) -> str:
     steps = [f"{cell['questions']} x {cell['completions']}" for cell in cells]
     whys = [re.search("backend (.*?)(; vLLM's share|$)", cell["device"])[1] for cell in cells]
     rows = [
-        ["computes in", *(cell["dtype"] for cell in cells)],
-        ["weights", *(cell["weights"] for cell in cells)],
+        ["computes in; weights", *(f"{cell['dtype']}; {cell['weights']}" for cell in cells)],
         ["vLLM's attention", *(cell.get("attention", "–") for cell in cells)],
         ["vLLM's share of the memory", *shares],
         ["questions x completions a step", *steps],
