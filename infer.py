@@ -26,8 +26,7 @@ from types import SimpleNamespace
 from rewards import (
     FORMATS, OneLineParser, adapter_naming, after_thinking, answer_block, build_prompt,
     choose_backend, complete_with_vllm, existing_path, file_path, fold_system, hide_loading_bars,
-    in_a_cell,
-    max_lora_rank, number, printable, quiet, refuses_system, render_prompts, stop,
+    in_a_cell, max_lora_rank, number, printable, quiet, refuses_system, render_prompts, stop,
     take_any_terminal, vote,
 )
 
