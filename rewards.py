@@ -628,9 +628,10 @@ def quiet():
 
 def hide_loading_bars() -> None:
     """vLLM's, by its own option, which neither Unsloth nor TRL passes on; errors show as ever."""
-    from vllm import LLM
+    with suppress(ImportError):
+        from vllm import LLM
 
-    LLM.__init__ = partialmethod(LLM.__init__, use_tqdm_on_load=False)
+        LLM.__init__ = partialmethod(LLM.__init__, use_tqdm_on_load=False)
 
 
 @contextmanager
