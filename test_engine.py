@@ -294,6 +294,16 @@ def test_two_cards_and_one_process_train_as_one(typed, on_card, tmp_path_factory
         engine_checks.check_rollouts(log)
 
 
+@pytest.mark.slow
+@before_release
+@pytest.mark.parametrize("packed", [[], ["bitsandbytes"]])
+def test_plain_vllms_pass_takes_the_graph_of_an_adapter(packed, engine_python, tiny_qwen):
+    done = subprocess.run([engine_python, HERE / ".ci/lora_graph.py", tiny_qwen, *packed],
+                          text=True, capture_output=True, env=os.environ | {"PYTHONPATH": ""})
+    assert "the pass succeeds" in done.stdout, done.stdout + done.stderr[-3000:]
+    assert int(re.search(r"(\d+) slices", done.stdout)[1]) > 0
+
+
 # ---- The decisions, in the README's table --------------------------------------------------------
 COLUMNS = {  # what a machine has: the pretended card, its environment, what is typed
     "T4, 15 GB": ("t4", {}, []),
