@@ -1936,12 +1936,12 @@ def show_plan(run: Run, parameters: int, source: str, why: str) -> None:
         share = f"; vLLM's share of the memory: {args.gpu_memory_utilization or own}"
     trained = f"LoRA rank {args.lora_rank}"
     if base.adapter or args.full_finetune:
-        trained = f"adapter {base.adapter}" if base.adapter else "all weights"
+        trained = f"adapter {as_seen(base.adapter)}" if base.adapter else "all weights"
     to_warm = args.warm_start and any(row["solution"] for row in run.train)
     warm = f", after {args.warm_start} supervised ones" if to_warm else ""
     prompt = sum(row["tokens"] for row in run.train) / len(run.train)
     rewards = [f"{w:g} {r.__name__}" for w, r in zip(args.reward_weights, run.rewards)]
-    source = os.path.relpath(source) if Path(source).exists() else source
+    source = as_seen(source) if Path(source).exists() else source
     lines = {
         "recipe": args.recipe,
         "model": f"{base.name}, {parameters / 1e6:.0f} M parameters, {args.dtype}"
@@ -1959,6 +1959,12 @@ def show_plan(run: Run, parameters: int, source: str, why: str) -> None:
     template = run.tokenizer.chat_template
     if "<think>" in template or "thinking" in template:
         print("a thinking model: what follows a leading <think>...</think> is judged")
+
+
+def as_seen(path: str | Path) -> str:
+    """A path as it is seen from here, where it lies below."""
+    seen = os.path.relpath(path)
+    return str(path) if seen.startswith("..") else seen
 
 
 def show_prompt(run: Run) -> None:

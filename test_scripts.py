@@ -247,7 +247,7 @@ def test_a_second_cell_runs_again_beside_the_first(notebook):
     place, said = notebook
     second, run = said["second"], place / "outputs/smollm2-135m-2"
     assert not second["error"], second
-    assert "95 % intervals" in second["stdout"] and second["images"] == 1  # report.py is there now
+    assert "McNemar p" in second["stdout"] and second["images"] == 1  # report.py is there now
     assert (run / "progress.png").read_bytes()[:4] == b"\x89PNG"
     assert "GRPOTrainer <|im_end|>" in said["second"]["stdout"]
     assert "rewards:   1 digits" in said["second"]["stdout"]
