@@ -166,9 +166,9 @@ _SAME |= dict.fromkeys([0x2010, 0x2011, 0x2212], "-")  # hyphens, and the minus 
 _SAME |= dict.fromkeys([0xAD, 0x200B, 0x200C, 0x200D, 0x200E, 0x2060, 0xFEFF])
 _DASH_AS_MINUS = re.compile(r"(?<!\w)[‒–](?=\S)")  # "–5", but neither "3–5" nor "– 5"
 _THOUSANDS = re.compile(
-    r"(?<=[0-9])(?:(?:\{,\}|,?\\[,!])(?:\\!|\s)*+|[\u2009\u202f'’])(?=[0-9])")
+    r"(?<=[0-9])(?:(?:\{,\}|,?\\[,!])(?>(?:\\!|\s)*)|[\u2009\u202f'’])(?=[0-9])")
 _RUPEES = re.compile(r"\bRs\b\.?")
-_FULL_HOUR = re.compile(r"(?<=[0-9])(?::00)++(?![0-9:])")
+_FULL_HOUR = re.compile(r"(?<=[0-9])(?>(?::00)+)(?![0-9:])")
 
 
 def _plain(text: str) -> str:
@@ -181,12 +181,12 @@ def _plain(text: str) -> str:
 
 
 # Then the number. More than 100 characters on a side of its digits are prose, no sign or unit; of
-# other digits a unit may hold its power. (Not possessive: Python 3.11.2 has a fault there.)
+# other digits a unit may hold its power.
 _AROUND = re.compile(r"([^0-9.]{0,100}+)(\.?+[0-9][0-9.,]*+)"
-                     r"((?:[^0-9]|(?<=\^)[23]|(?<=\^\{)[23]){0,100})")  # fmt: skip
-_IN_THOUSANDS = "[1-9][0-9]{0,2}(?:,[0-9]{3})++"
-_IN_LAKHS = "[1-9][0-9]?+(?:,[0-9]{2})+,[0-9]{3}"  # India's groups: 1,08,000
-_NUMBER = re.compile(rf"(?:{_IN_THOUSANDS}|{_IN_LAKHS}|[0-9]++)?+(?:\.[0-9]++)?+")
+                     r"((?>(?:[^0-9]|(?<=\^)[23]|(?<=\^\{)[23]){0,100}))")  # fmt: skip
+_IN_THOUSANDS = "[1-9][0-9]{0,2}(?>(?:,[0-9]{3})+)"
+_IN_LAKHS = "[1-9][0-9]?+(?>(?:,[0-9]{2}(?=,))+),[0-9]{3}"  # India's groups: 1,08,000
+_NUMBER = re.compile(rf"(?>(?:{_IN_THOUSANDS}|{_IN_LAKHS}|[0-9]++)?)(?>(?:\.[0-9]++)?)")
 
 # LaTeX, Markdown and quotes around a number carry no value; nor does an inch mark.
 _MARKUP = re.compile(r"""\\(?:boxed|text|textbf|mathrm|mathbf)\{|\\[,;! ()\[\]]|~(?=\\?[A-Za-z])"""
@@ -198,11 +198,11 @@ _SQUARED, _CUBED = (  # "cm^2", "\text{m}^{3}": the power of a letter
 # Before the digits may stand a sign and a currency; a "$" may be maths, too.
 _SIGN = "$¢£¥৳฿\u20a0-\u20c0￠￡￥￦"
 _CURRENCY = rf"(?:(?:(?:US |[A-Z]{{0,3}})[{_SIGN}]|USD|EUR|GBP|INR|CNY|RMB|JPY|AUD|CAD|CHF)\s*+)"
-_PREFIX = re.compile(rf"\s*+([-+]?+)\s*+{_CURRENCY}{{0,2}}+([-+]?+)\s*+")
+_PREFIX = re.compile(rf"\s*+([-+]?+)\s*+(?>{_CURRENCY}{{0,2}})([-+]?+)\s*+")
 
 # Behind them a unit: words of any script, which _is_unit spells with "a" and, for accents, U+0300.
 _WORD = r"[A-Za-z][A-Za-z\u0300]*+"
-_UNIT = re.compile(rf"(?:[\s.。।%°℃℉ℓ㎀-㏟()'’{_SIGN}]|{_WORD}[-,/&;:!²³]?+|/(?=[A-Za-z]))*+")
+_UNIT = re.compile(rf"(?>(?:[\s.。।%°℃℉ℓ㎀-㏟()'’{_SIGN}]|{_WORD}[-,/&;:!²³]?+|/(?=[A-Za-z]))*)")
 
 # But a letter by itself ("7 a.m.", "3 x-rays" and "762 M&Ms" hold none) is a variable, if it is no
 # article ("72 a day"), names no kind ("8 D batteries", but "5 M people" are millions), and units
@@ -216,7 +216,7 @@ _HASTY_UNIT = r"(?:[cdkm]m|[km]g|m[il]|ft|in|yd|oz|lb|hr)\b"
 _TERM_IN_MATHS = re.compile(rf"\A\s*+(?:{_LETTER}|(?!{_HASTY_UNIT})[a-z]{{2}}\s*+\$)")
 # An equation: "2x = 72" says 36, "-x = 5" says -5; but "5 x 3 = 15" multiplies.
 _TO_SOLVE = re.compile(
-    rf"[0-9]\s*+(?:[-+*/^·×]\s*+)?+(?![xX]\s*+[($0-9]){_VARIABLE}"
+    rf"[0-9]\s*+(?>(?:[-+*/^·×]\s*+)?)(?![xX]\s*+[($0-9]){_VARIABLE}"
     rf"|\A[\s$(]*+-\s*+{_VARIABLE}"
     rf"|(?<![\w'’]){_VARIABLE}\s*+(?:[\^²³]|[-+*/·×÷]\s*+[0-9])")
 # Several: "x = 71, y = 72", between whose "=" a value ends and a name begins.
@@ -237,7 +237,7 @@ _NEXT_WORD = re.compile(
     re.IGNORECASE,
 )
 _NEXT_WORD_ELSEWHERE = re.compile(
-    r"\A\W*+(?:(?:mil|mille|tausend|ribu|juta|oder|ou|или|сот(?:ен|ня|ни)?+|трет(?:ь|и|ей))\b"
+    r"\A\W*+(?:(?:mil|mille|tausend|ribu|juta|oder|ou|или|сот(?:ен|ня|ни)?|трет(?:ь|и|ей))\b"
     r"|mil(?:l?iard|l?i?[oó]n|h[ãõ]|yo|ya)|тыс|млн|млрд|милли(?:он|ард)|дюжин|с половин"
     r"|[多余餘以或천만억백조반]|हज|लाख|करोड|सौ|ألف|آلاف|مليون|ملايين|مليار)|[半两]",
     re.IGNORECASE,

@@ -12,6 +12,7 @@ import json
 import logging
 import lzma
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -30,8 +31,10 @@ from test_scripts import (  # noqa: F401  (first of ours: it keeps every test of
 )
 import benchmark
 import infer
+import laptop
 import reasoning_model_grpo as script
 import report
+import rewards
 
 slow, pytestmark = pytest.mark.slow, pytest.mark.filterwarnings("ignore")  # PEFT's own
 QUESTION = "Ann has 3 pens and 4 books. How many?"
@@ -1041,3 +1044,27 @@ def test_options_typed_after_run_in_a_notebook_are_read(tiny_model, workplace):
     assert all("answer:" in text for text in said[3:7]), said[3:7]
     assert "did you mean --max-steps" in said[7]
     assert not Path("outputs").exists()
+
+
+def test_numbers_are_read_on_every_python_from_3_11_on():
+    """Before 3.11.5 a possessive group, `(...)*+`, matches what it should not (gh-106052); an
+    atomic one, `(?>(...)*)`, does the same and is right."""
+    from re import _constants, _parser
+
+    def possessive_groups(parsed):
+        for kind, value in parsed:
+            if kind is _constants.POSSESSIVE_REPEAT:
+                (inner, *others) = value[2]
+                if others or inner[0] in (_constants.SUBPATTERN, _constants.BRANCH):
+                    yield value
+            for part in value if isinstance(value, (list, tuple)) else ():
+                for inner in part if isinstance(part, list) else [part]:
+                    if isinstance(inner, _parser.SubPattern):
+                        yield from possessive_groups(inner)
+
+    assert list(possessive_groups(_parser.parse("a(?:bc)*+")))
+    patterns = {name: value for module in (rewards, script, infer, laptop)
+                for name, value in vars(module).items() if isinstance(value, re.Pattern)}
+    assert len(patterns) > 20
+    for name, pattern in patterns.items():
+        assert not list(possessive_groups(_parser.parse(pattern.pattern, pattern.flags))), name
