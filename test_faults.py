@@ -135,7 +135,8 @@ MODULES = [  # whole files
     "def f(:", "import nothing_of_that_name\ndef f(**k): return [0, 0]", "1 / 0",
     "raise SystemExit(0)", "g = 1", "f = 3", "f = None", "def f(): return [0.0, 0.0]",
     "def f(completions): return [0.0, 0.0]", "def f(completions, points, **k): return [0.0, 0.0]",
-    "f = max", "class f: pass", "f = lambda: 0", "def f(completions): return 1 / 0", "f = [print]", "\u0000",
+    "f = max", "class f: pass", "f = lambda: 0", "def f(completions): return 1 / 0", "f = [print]",
+    "\u0000",
     "  def f(): pass\n x", "# \u00ff", "from functools import partial\nf = partial(int, 3)"]
 TYPED = [[f"--{name}", value] for names, values in [
     ("lora-rank max-examples max-prompt-length max-steps batch-size save-steps "
@@ -165,7 +166,8 @@ TYPED = [[f"--{name}", value] for names, values in [
     "--reward-weights 1 2", "--max-prompt-length 1", "--max-completion-length 4096",
     "--batch-size 4096", "--no-nothing", "--dataset-config nope", "--lora-dropout 2",
     "--temperature 100", "--seed 4294967296", "--lora-rank 4097", "--lora-alpha 1e6",
-    "--eval-steps 2 --save-steps 3", "--lora-rank 1.5", "--batch-size 3 --gradient-accumulation-steps 1")]
+    "--eval-steps 2 --save-steps 3", "--lora-rank 1.5",
+    "--batch-size 3 --gradient-accumulation-steps 1")]
 
 
 def record(**more):
