@@ -1403,6 +1403,8 @@ def use_one_gpu(config, aloud: bool = True):
 def run_trainer(kind, config, place: Path, a_step: int = 0, **how):
     """Train from the newest checkpoint in `place`, if any; (trainer, the Watch that saw it)."""
     last = newest(place)
+    if last:
+        read_record(last / "trainer_state.json")  # or stop: the trainer would end in a traceback
     with one_line(f"{kind.__name__} refuses these options"), quiet():
         trainer = kind(args=config, **how)
     # Made here, when transformers may be imported.
