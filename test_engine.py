@@ -29,7 +29,7 @@ AGREE = 0.01  # between engine and trainer, of the tokens' log-probabilities; se
 OPTIONS = ["--dataset", "data.jsonl", "--reward-funcs", "engine_rewards.py:peak",
            "--max-prompt-length", "800", "--max-completion-length", "8", "--max-steps", STEPS,
            "--batch-size", "4", "--num-generations", "4", "--learning-rate", "0.002",
-           "--warm-start", "3", "--warm-start-learning-rate", "0.005", "--eval-questions", "6",
+           "--warm-start", "8", "--warm-start-learning-rate", "0.01", "--eval-questions", "4",
            "--report-to", "none", "--output-dir", "run"]
 REWARDS = '''
 import os, signal
@@ -187,7 +187,9 @@ def test_infer_says_what_was_measured(engine, trained, on_card):
                    "--engine", engine, "--file", "ask.jsonl", "--jsonl", f"{engine}.jsonl")
     assert done.returncode == 0 and f"; engine {engine} (" in done.stderr, done.stderr[-3000:]
     assert "shards" not in done.stderr
-    engine_checks.check_same_answers(trained.run, place / f"{engine}.jsonl")
+    # In bfloat16 two tokens may be as likely, and kernels differ in the last digit.
+    share = 0.75 if trained.card == "a10g" else 1.0
+    engine_checks.check_same_answers(trained.run, place / f"{engine}.jsonl", share)
     if engine != "transformers":
         (asked,) = [row for row in take_log(place) if row["kind"] == "asked"]
         assert asked["sent"] == pytest.approx(checksum(trained.run / "grpo_saved_lora"), rel=1e-6)
@@ -257,12 +259,13 @@ def test_weights_that_are_not_sent_would_be_seen(on_card, tmp_path_factory):
 
 @pytest.mark.slow
 @before_release
-@pytest.mark.parametrize("card, dtype", [("a10g", "bfloat16"), ("t4", "float32")])
-def test_trls_engine_as_asked(card, dtype, on_card, tmp_path_factory):
+@pytest.mark.parametrize("card, dtype, rollouts", [
+    ("a10g", "bfloat16", "bfloat16"), ("t4", "float32", "float16")])  # TRL names it no type
+def test_trls_engine_as_asked(card, dtype, rollouts, on_card, tmp_path_factory):
     place, printed, log = one_run(on_card, tmp_path_factory, "asked", card, *COLOCATE)
     assert f"parameters, {dtype}, LoRA" in printed and "backend transformers, since as" in printed
     (engine,) = [row for row in log if row["kind"] == "engine"]
-    assert engine["dtype"] == dtype and engine["share"] == 0.5
+    assert engine["dtype"] == rollouts and engine["share"] == 0.5
     assert engine["asked_backend"] == ("TRITON_ATTN" if card == "t4" else "None")
     engine_checks.check_agreement(place / "run", AGREE)
 

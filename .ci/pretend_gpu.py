@@ -203,8 +203,8 @@ def load_models_on_cpu(module) -> None:
 
 # ---- vLLM ----------------------------------------------------------------------------------------
 @after_import("vllm.platforms.cpu")
-def allow_sleep(module) -> None:
-    """And compile nothing, with or without an adapter."""
+def answer_for_a_card(module) -> None:
+    """It can sleep, computes in what a card does, and compiles nothing."""
     configure = module.CpuPlatform.check_and_update_config.__func__
 
     def check_and_update_config(cls, config):
@@ -213,6 +213,10 @@ def allow_sleep(module) -> None:
         configure(cls, config)
         config.compilation_config.mode = CompilationMode.NONE
 
+    computes = [torch.float16, torch.float32]
+    if CAPABILITY >= (8, 0):
+        computes.insert(0, torch.bfloat16)
+    module.CpuPlatform.supported_dtypes = property(says(computes))
     module.CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
     module.CpuPlatform.is_sleep_mode_available = says(True)
 
