@@ -182,6 +182,8 @@ def test_a_card_gets_what_it_can_compute(trained):
 def test_infer_says_what_was_measured(engine, trained, on_card):
     place = trained.place
     rows = read_rows(trained.run / "evaluation_after.jsonl")
+    before = read_rows(trained.run / "evaluation_before.jsonl")
+    assert all(row["completion"] != other["completion"] for row, other in zip(rows, before))
     (place / "ask.jsonl").write_text(lines({"question": row["question"]} for row in rows))
     done = on_card(place, trained.card, "infer.py", "--adapter", "run/grpo_saved_lora",
                    "--engine", engine, "--file", "ask.jsonl", "--jsonl", f"{engine}.jsonl")
