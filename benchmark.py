@@ -4,11 +4,12 @@
     python benchmark.py --completion-length 53 160 320 --skip-answers
 
 A step: TRL's GRPOTrainer with its defaults, with its best flags, and this suite's, in turn, each in
-a process of its own; same model, rows, rewards, adapter and seed, every completion of full length
-and in the update (in a run, this suite's leaves out those whose group agrees). Medians; a process's
-first step is not counted; the update is all but the generation. First answer: seconds from command
-to end, median of three after one not counted; the bare minimum imports torch and transformers and
-loads the weights; transformers' pipeline takes questions one by one, as it does by default.
+a process of its own; same model, rows, rewards, adapter and seed, every completion of full length,
+different and in the update (in a run, this suite's reads those that are the same once, and leaves
+out those whose group agrees). Medians; a process's first step is not counted, and its last has a
+process beside it that is always busy; the update is all but the generation. First answer: seconds
+from command to end, median of three after one not counted; the bare minimum imports torch and
+transformers and loads the weights; the pipeline takes questions one by one, as by default.
 """
 
 import argparse
@@ -30,10 +31,11 @@ from pathlib import Path
 
 import infer
 import reasoning_model_grpo as script
-from rewards import OneLineParser, existing_path, file_path, number, stop
+from rewards import OneLineParser, existing_path, file_path, number, share_processors, stop
 
 laptop = script.Lazy("laptop")  # it imports torch, and --help comes at once
 WAYS = DEFAULTS, BEST, SUITE = "TRL, defaults", "TRL, best flags", "this suite"
+PIPELINE, BESIDE = "pipeline", "beside a busy process"
 BARE = "import torch, transformers as t; t.AutoModelForCausalLM.from_pretrained({!r}, dtype='auto')"
 SAME = ("output_dir", "use_cpu", "per_device_train_batch_size", "gradient_accumulation_steps",
         "num_generations", "max_completion_length", "generation_kwargs", "max_steps", "seed",
@@ -44,16 +46,30 @@ def in_child(what: str, function, *given):
     """The function's result from a fresh process, whose peak memory is its own."""
     print(f"measuring {what}", file=sys.stderr, flush=True)
     with script.one_line(what), ProcessPoolExecutor(
-            1, get_context("spawn"), script.quiet_libraries) as pool:
+            1, get_context("spawn"), prepare, given[:1]) as pool:
         try:
             return pool.submit(function, *given).result()
         except BrokenProcessPool:
             stop(f"{what}: its process was killed; is the memory too small?")
 
 
+def prepare(way: str) -> None:
+    """Set the process up, before it imports torch."""
+    if way not in (DEFAULTS, BEST, PIPELINE):
+        share_processors()
+    script.quiet_libraries()
+
+
+def count_up(completions, **_) -> list[float]:
+    """A reward that leaves no completion without an advantage."""
+    return [float(i) for i in range(len(completions))]
+
+
 def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0) -> list[dict]:
-    """A row for each step but the first, of four groups, with `shots` examples in each prompt."""
+    """A row for each step but the first, of four groups, with `shots` examples in each prompt; the
+    last one beside a busy process."""
     import torch
+    from datasets import Dataset
     from peft import LoraConfig
     from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -61,10 +77,9 @@ def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0
     batch, more, group = (4, 2, 4) if args.small else (16, max(1, group // 4), group)
     options = script.parse_options([
         "--recipe", "smollm2-135m", "--model", path, "--backend", "transformers", "--vllm", "off",
-        "--reward-funcs", "correctness_reward_func", "strict_format_reward_func", "--batch-size",
-        str(batch), "--gradient-accumulation-steps", str(more), "--num-generations", str(group),
-        "--max-prompt-length", "1000", "--eval-steps", "0", "--lora-targets", "all-linear",
-        "--max-steps", f"{args.steps + 1}",
+        "--batch-size", str(batch), "--gradient-accumulation-steps", str(more), "--num-generations",
+        str(group), "--max-prompt-length", "1000", "--eval-steps", "0", "--lora-targets",
+        "all-linear", "--max-steps", f"{args.steps + 2}", "--dtype", args.dtype,
         "--set", f'generation_kwargs={{"min_new_tokens": {length}}}'])
     base = script.find_base(path, None, True)
     context, tokenizer = script.check_model(options, base)[1], script.load_tokenizer(base)
@@ -75,9 +90,10 @@ def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0
         stop(f"--completion-length {length}: with the prompt more than the model's context of "
              f"{context} tokens")
     work = tempfile.TemporaryDirectory(prefix="benchmark-")
-    config, lora = script.grpo_config(options, Path(work.name), length), None
+    config, lora, kind = script.grpo_config(options, Path(work.name), length), None, GRPOTrainer
     if way == SUITE:
         model = script.load_policy(options, base, None)
+        kind = kind if script.gpu() else laptop.without_agreeing(kind)
     else:
         attention = "sdpa" if script.gpu() else "eager"  # which decodes faster
         flags = {"gradient_checkpointing": False, "bf16": options.dtype == "bfloat16",
@@ -86,19 +102,20 @@ def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0
                                          **flags if way == BEST else {})
         lora = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_alpha,
                           target_modules=script.lora_targets(options), task_type="CAUSAL_LM")
-    config.save_strategy = "no"
-    trainer = GRPOTrainer(model, [script.REWARD_FUNCS[name] for name in options.reward_funcs],
-                          config, script.as_dataset(rows), processing_class=tokenizer,
-                          peft_config=lora)
+    config.save_strategy, config.reward_weights = "no", None
+    questions = Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
+    trainer = kind(model, count_up, config, questions, processing_class=tokenizer, peft_config=lora)
     random = torch.Generator().manual_seed(options.seed)  # one adapter, whatever the dtype
     for _, weight in sorted(trainer.model.named_parameters(), key=lambda pair: pair[0]):
         if weight.requires_grad:
             weight.data.copy_(torch.randn(weight.shape, generator=random) / 100)
-    generate, marks = trainer.model.generate, []
+    generate, marks, busy = trainer.model.generate, [], []
 
     def mark(*_, **__) -> None:
         if script.gpu():
             torch.cuda.synchronize()
+        if len(marks) == 4 * (args.steps + 1):
+            busy.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
         marks.append(time.perf_counter())
 
     def marked(*given, **how):
@@ -111,7 +128,11 @@ def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(type("Clock", (TrainerCallback,), {"on_step_begin": mark,
                                                             "on_step_end": mark}))
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        for process in busy:
+            process.kill()
     shortest = min(log["completions/min_length"] for log in trainer.state.log_history[:-1])
     if shortest != length:
         stop(f"{way}: a completion of {shortest:g} tokens, not {length}: steps don't compare")
@@ -121,15 +142,16 @@ def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0
             "group": group, "prompt": sum(row["tokens"] for row in rows) / len(rows),
             "dtype": str(trainer.model.get_input_embeddings().weight.dtype)}
     counted = [marks[i : i + 4] for i in range(4, len(marks), 4)]  # the first step is not
-    return [same | {"step": end - begun, "generation": done - asked,
-                    "update": end - done + asked - begun} for begun, asked, done, end in counted]
+    steps = [same | {"step": end - begun, "generation": done - asked,
+                     "update": end - done + asked - begun} for begun, asked, done, end in counted]
+    return [*steps[:-1], same | {BESIDE: steps[-1]["step"]}]
 
 
 def summarise(steps: list[dict]) -> list[dict]:
     """A row for each length and way: medians, and how many times this suite's seconds."""
     import pandas
 
-    how = dict.fromkeys(("step", "generation", "update"), "median")
+    how = dict.fromkeys(("step", "generation", "update", BESIDE), "median")
     table = pandas.DataFrame(steps).groupby(["length", ""], sort=False).agg(
         how | {"tokens": "first", "peak GB": "max"})
     table["tokens/s"] = table.pop("tokens") / table["step"]
@@ -161,7 +183,7 @@ def measure_answers(args, base, rows: list[dict]) -> None:
     asked = [questions[0], "--max-tokens", str(args.max_tokens)]
     asked += ["--adapter", args.adapter] if args.adapter else []
     asked += ["--model", args.model or base.path] if args.model or not args.adapter else []
-    for way in ("pipeline", *(name for name in infer.ENGINES if name not in missing)):
+    for way in (PIPELINE, *(name for name in infer.ENGINES if name not in missing)):
         row, how = {"": way}, [*asked, "--engine", way] if way in infer.ENGINES else asked
         with suppress(SystemExit):  # its line is out; the others go on
             if way in infer.ENGINES:
@@ -177,7 +199,7 @@ def speeds(way: str, args, asked: list[str], questions: list[str]) -> dict:
     base, tokenizer, dtype = infer.open_saved(options)
     texts = [infer.render(question, base.run, tokenizer) for question in questions]
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
-    if way == "pipeline":
+    if way == PIPELINE:
         from transformers import AutoModelForCausalLM, pipeline
 
         model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
@@ -190,7 +212,7 @@ def speeds(way: str, args, asked: list[str], questions: list[str]) -> dict:
 
     def speed(n: int) -> float:
         begun = time.perf_counter()
-        if way == "pipeline":
+        if way == PIPELINE:
             replies = pipe(texts[:n], max_new_tokens=args.max_tokens, do_sample=False,
                            add_special_tokens=False, return_tensors=True)
             tokens = sum(len(r[0]["generated_token_ids"]) for r in replies) - sum(lengths[:n])
@@ -233,6 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--max-tokens", type=count, default=64, help="of an answer")
     add("--skip-training", action="store_true")
     add("--skip-answers", action="store_true")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of training")
     add("--small", action="store_true", help="for tests: 2 x 4 completions, less repeated")
     add("--output", type=file_path, default="outputs/benchmark.json", metavar="FILE",
         help="or with a number added")

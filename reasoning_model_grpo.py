@@ -50,7 +50,7 @@ from rewards import (
     choose_backend, complete_with_vllm, completion_text, did_you_mean, existing_path,
     extract_hash_answer, file_path, fold_system, format_fault, hide_loading_bars, in_a_cell,
     is_correct, max_lora_rank, message_text, number, parse_gold, printable, quiet, refuses_system,
-    render_prompts, stop, take_any_terminal, vote,
+    render_prompts, share_processors, stop, take_any_terminal, vote,
 )
 
 
@@ -1803,6 +1803,7 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
     """
     begun = time.time()
     take_any_terminal()
+    share_processors()
     given = reward_funcs or []
     given = list(given) if isinstance(given, (list, tuple)) else [given]
     for one in given:

@@ -620,6 +620,18 @@ def max_lora_rank(path: str | Path, fresh: int = 16) -> int:
     return next((size for size in (8, 16, 32, 64, 128, 256, 320) if size >= rank), 512)
 
 
+def share_processors() -> None:
+    """Have torch leave the processors to other programs while it waits. Call before its import.
+
+    Its threads wait for each other at the end of every small operation, and spin meanwhile. Where
+    one was put aside for another program, the others spin for its whole time slice: beside a single
+    busy program a training step took eight times as long. This sets libgomp, which torch's Linux
+    wheels bring; libiomp5md (Windows) and libomp (macOS) ignore it. What the user set stays.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+
+
 def quiet():
     """A context in which banners go to a true file, as vLLM asks for its number. It stays open, for
     the loggers that take it for theirs."""

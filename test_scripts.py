@@ -2390,7 +2390,8 @@ def test_the_benchmark_sets_each_way_beside_the_stock_one(tiny_model, tmp_path):
     assert (tmp_path / "outputs/benchmark.json").read_text() == "another run's"
     result = json.loads((tmp_path / "outputs/benchmark-2.json").read_text())
     ways = ["TRL, defaults", "TRL, best flags", "this suite"]
-    assert [row[""] for row in result["training"]] == ways and len(result["steps"]) == 3 * 2
+    assert [row[""] for row in result["training"]] == ways and len(result["steps"]) == 3 * 3
+    assert all("beside a busy process" in row for row in result["training"])
     first = [row[""] for row in result["answers"]][:3]
     assert first == ["bare minimum", "pipeline", "transformers"]
     assert all(way in done.stdout and f"a step: {way}, 6 tokens" in done.stderr for way in ways)

@@ -38,7 +38,7 @@ def exponent(xs: list[float], ys: list[float]) -> float:
 
 def main() -> None:
     path, args = benchmark.script.find_model(benchmark.laptop.PACKAGE)[0], Namespace(
-        small=False, steps=1)
+        small=False, steps=1, dtype="auto")
     file = ROOT / "outputs/scaling.json"
     done = json.loads(file.read_text()) if file.is_file() else {}  # goes on where it was
     figure, panels = plt.subplots(1, 3, figsize=(14, 4.2), sharey=True)
@@ -53,7 +53,8 @@ def main() -> None:
                                                 point["shots"])
                 file.parent.mkdir(exist_ok=True)
                 file.write_text(json.dumps(done, indent=1))
-            rows.append({m: statistics.median(row[m] for row in done[name])
+            counted = [row for row in done[name] if "step" in row]
+            rows.append({m: statistics.median(row[m] for row in counted)
                          for m in (key, *MEASURES)})
         xs = [row[key] for row in rows]
         for measure, (label, color) in MEASURES.items():
