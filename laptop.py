@@ -10,7 +10,6 @@ from templates; a model is read, asked and trained faster on a CPU.
 import ctypes
 import hashlib
 import inspect
-import json
 import os
 import random
 import shutil
