@@ -2186,7 +2186,7 @@ def test_the_pinned_trl_has_every_field_we_set(gpu_sources, tmp_path):
     fields = parameters_of(gpu_sources("trl", "trl/trainer/grpo_config.py"), "GRPOConfig")
     base = set(transformers.TrainingArguments.__dataclass_fields__)
     names = set(re.findall(r'"(\w+)":', Path(script.__file__).read_text().partition(
-        "def grpo_config")[2].partition("\ndef ")[0])) & set(ours)
+        "def grpo_config")[2].partition("\ndef set_fields")[0])) & set(ours)
     assert {"use_vllm", "vllm_mode", "log_completions", "num_completions_to_print"} <= names
     assert names - base <= fields, names - base - fields
 
