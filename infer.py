@@ -25,9 +25,9 @@ from types import SimpleNamespace
 
 from rewards import (
     FORMATS, OneLineParser, adapter_naming, after_thinking, answer_block, build_prompt,
-    choose_backend, complete_with_vllm, existing_path, file_path, fold_system, hide_loading_bars,
-    in_a_cell, max_lora_rank, number, printable, quiet, refuses_system, render_prompts,
-    share_processors, stop, take_any_terminal, vote,
+    choose_backend, complete_with_vllm, end_at_ctrl_c, existing_path, file_path, fold_system,
+    hide_loading_bars, in_a_cell, max_lora_rank, number, printable, quiet, refuses_system,
+    render_prompts, share_processors, stop, take_any_terminal, vote,
 )
 
 CHUNK = 64  # questions answered before they are shown and written
@@ -333,6 +333,7 @@ def load_engine(args, base, tokenizer, dtype: str, room: int, many: bool):
     """The engine's generate, and one line on stderr that says which and why."""
     import torch
 
+    end_at_ctrl_c(False)
     gpu = torch.cuda.is_available()
     packages = {name for name in INSTALL if importlib.util.find_spec(name)}
     wanted = "transformers" if args.chat else args.engine
@@ -634,6 +635,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    if "IPython" not in sys.modules:
+        end_at_ctrl_c(True)  # while it loads
     try:
         if not in_a_cell(globals().get("__file__")):  # a cell says main(["..."]) itself
             main()

@@ -47,7 +47,7 @@ from typing import NamedTuple
 
 from rewards import (
     FORMATS, REWARD_FUNCS, Completion, OneLineParser, adapter_naming, answer_fault, build_prompt,
-    choose_backend, complete_with_vllm, completion_text, did_you_mean, existing_path,
+    choose_backend, complete_with_vllm, completion_text, did_you_mean, end_at_ctrl_c, existing_path,
     extract_hash_answer, file_path, fold_system, format_fault, hide_loading_bars, in_a_cell,
     is_correct, max_lora_rank, message_text, number, parse_gold, printable, quiet, refuses_system,
     render_prompts, share_processors, stop, take_any_terminal, vote,
@@ -1839,6 +1839,7 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
         show_plan(run, parameters, source, why)
         if args.dry_run:
             return show_prompt(run)
+        end_at_ctrl_c(False)
         return run_phases(run, config)
     except RewardError as problem:
         stop(str(problem))
@@ -2013,10 +2014,10 @@ def go_on(run_dir: Path) -> str:
 
 
 if __name__ == "__main__":
+    if "IPython" not in sys.modules:
+        end_at_ctrl_c(True)  # while it loads; later main says how to go on
     try:
         main()
-    except KeyboardInterrupt:  # while it loads; later main says how to go on
-        raise SystemExit(130) from None
     except BrokenPipeError:  # `| head` has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import unicodedata
 from collections import Counter
@@ -609,6 +610,14 @@ def take_any_terminal() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):  # a notebook's takes all
             stream.reconfigure(errors="replace")
+
+
+def end_at_ctrl_c(at_once: bool) -> None:
+    """Whether Ctrl-C ends the process at once, as it must while libraries load: torch's start
+    swallows the exception and leaves numpy broken. Otherwise it is a KeyboardInterrupt again."""
+    ways = [signal.default_int_handler, signal.SIG_DFL]
+    if signal.getsignal(signal.SIGINT) is ways[not at_once]:  # what the caller set stays
+        signal.signal(signal.SIGINT, ways[at_once])
 
 
 def max_lora_rank(path: str | Path, fresh: int = 16) -> int:

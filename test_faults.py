@@ -1027,16 +1027,18 @@ def test_ctrl_c_in_every_phase_says_how_to_go_on_and_that_goes_on(tmp_path, tiny
         assert found[phase][:4] == [code, False, 0, True], (phase, found[phase])
 
 
-@slow
-@pytest.mark.parametrize("seconds", cases([0.3, 2, 5]))
-def test_ctrl_c_while_it_loads_ends_without_a_traceback(
-        seconds, workplace, tiny_model):
-    argv = [sys.executable, HERE / "reasoning_model_grpo.py", *arguments(tiny_model)]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        time.sleep(seconds)
-        run.send_signal(signal.SIGINT)
-        _, said = run.communicate(timeout=60)
-    assert run.returncode in (130, -signal.SIGINT) and "Traceback" not in said, said[-300:]
+@pytest.mark.parametrize("script", ["reasoning_model_grpo.py", "infer.py"])
+def test_ctrl_c_while_it_loads_ends_without_a_traceback(script, workplace, tiny_model):
+    """torch's start swallows the interrupt and is broken then; here one that does so for certain."""
+    (workplace / "torch.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(1)\n"
+        "except BaseException:\n    pass\n"
+        "raise RecursionError\n")
+    argv = ["12 - 5?", "--model", tiny_model] if script == "infer.py" else arguments(tiny_model)
+    run = subprocess.run([sys.executable, HERE / script, *argv], capture_output=True, text=True,
+                         env=os.environ | {"PYTHONPATH": str(workplace)}, timeout=60)
+    assert run.returncode in (130, -signal.SIGINT) and "Traceback" not in run.stderr, run.stderr
 
 
 @slow
