@@ -8,11 +8,9 @@
 
 In a notebook cell, with rewards.py beside it: main(["--max-steps", "20"]).
 
-Questions, model, evaluation; warm start, evaluation; GRPO, evaluation. report.py beside it makes
-tables and a picture of that, infer.py asks what was saved. Each phase hands the next one what it
-saved, so what is measured is what was saved, and a run that breaks goes on where it was. TRL's
-GRPOTrainer does the training; what it can do beyond these options goes through --set. Answers are
-numbers; pictures and tools are left out.
+Questions, model, evaluation; warm start, evaluation; GRPO, evaluation. Each phase hands the next
+one what it saved: what is measured is what was saved, and a run that breaks goes on where it was.
+TRL's GRPOTrainer does the training; what it can do beyond these options goes through --set.
 """
 
 import argparse
@@ -30,7 +28,7 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
+import statistics
 import sys
 import time
 import urllib.request
@@ -46,7 +44,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from rewards import (
-    FORMATS, REWARD_FUNCS, Completion, OneLineParser, adapter_naming, answer_fault, build_prompt,
+    FORMATS, REWARD_FUNCS, Completion, OneLineParser, adapter_naming, build_prompt,
     choose_backend, complete_with_vllm, completion_text, did_you_mean, end_at_ctrl_c, existing_path,
     extract_hash_answer, file_path, fold_system, format_fault, hide_loading_bars, in_a_cell,
     is_correct, max_lora_rank, message_text, number, parse_gold, printable, quiet, refuses_system,
@@ -210,9 +208,8 @@ def build_parser() -> OneLineParser:
     add("--no-trackio", dest="report_to", action="store_const", const="none")
     add("--project-name", default="reasoning-grpo", help="the tracker's project")
     add("--dry-run", action=flag, default=False, help="print the plan, stop before loading weights")
-    add("--export", nargs="+", choices=("merged", "gguf", "hub"), default=[],
-        help="after training, or of --adapter: 16-bit weights, a GGUF file (Unsloth), the Hub")
-    add("--hub-id", metavar="OWNER/NAME", help="where --export hub puts the adapter")
+    add("--export", nargs="+", choices=("merged", "gguf"), default=[],
+        help="after training, or of --adapter: 16-bit weights, a GGUF file (Unsloth)")
     return parser
 
 
@@ -229,7 +226,8 @@ def parse_options(argv: list[str] | None, rewards: list[str] | None = None) -> a
     if given.config:
         argv = [*config_words(given.config, parser), *argv]
         given = parser.parse_args(argv)
-    typed = typed_names(argv, parser)
+    flags = {word.partition("=")[0] for word in argv}
+    typed = {action.dest for action in parser._actions if flags & set(action.option_strings)}
     run_dir = find_run(given.output_dir) if given.resume else None
     record = read_record(run_dir / "args.json") if run_dir else {}
     recipe = record.get("recipe") or given.recipe
@@ -262,12 +260,6 @@ def parse_options(argv: list[str] | None, rewards: list[str] | None = None) -> a
     return args
 
 
-def typed_names(argv: list[str], parser) -> set[str]:
-    """The options that stand in a command line, by the names they have in `args`."""
-    flags = {word.partition("=")[0] for word in argv}
-    return {action.dest for action in parser._actions if flags & set(action.option_strings)}
-
-
 def recorded_by_adapter(given) -> dict:
     """How the run that made --adapter, or the fully trained --model, asked: it is prompted alike,
     and not shown again what it knows. {} where nothing tells."""
@@ -286,7 +278,7 @@ def recorded_by_adapter(given) -> dict:
 def refuse_changes(args, typed: set[str], recorded: dict) -> None:
     """Stop where a run that is gone on with would become another; what moved is found again."""
     free = {"resume", "max_steps", "save_steps", "report_to", "project_name", "output_dir",
-            "dry_run", "export", "hub_id", "config", "set"}
+            "dry_run", "export", "config", "set"}
     differ = [f"set has {pair}, new" for pair in args.set if pair not in recorded["set"]]
     for name in sorted(typed - free):
         was, now = recorded.get(name), getattr(args, name)
@@ -357,8 +349,6 @@ def check_options(args) -> None:
         stop(f"{len(args.reward_weights)} --reward-weights for {len(args.reward_funcs)} rewards")
     if not isinstance(args.chat_template_kwargs, dict):
         stop("--chat-template-kwargs: a JSON object")
-    if "hub" in args.export and not args.hub_id:
-        stop("--export hub needs --hub-id OWNER/NAME")
     if "gguf" in args.export and args.backend != "unsloth":
         stop("--export gguf is Unsloth's; else --export merged, then llama.cpp's converter")
     if args.dry_run and only_exports(args):
@@ -390,37 +380,33 @@ def config_words(path: str, parser) -> list[str]:
 
 
 def option_words(name: str, value, parser) -> list[str]:
+    flag, off = f"--{name}", f"--no-{name}"
+    known = parser._option_string_actions
     if value is None or value == []:
         return []  # left to its default
-    known = parser._option_string_actions
-    action, off = known.get(f"--{name}"), f"--no-{name}"
-    if value is False and off not in known and action:
-        if action.nargs == 0:
-            return []  # a switch, not pressed
-        value = "off"  # which YAML reads as false
+    if isinstance(value, bool) and flag in known and known[flag].nargs == 0:  # a switch
+        return [word for word in [flag if value else off] if word in known]
     if value is False:
-        return [off]
-    if value is True:
-        return [f"--{name}"]
+        value = "off"  # which YAML reads as false
     values = value if isinstance(value, list) else [value]
-    return [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+    return [flag, *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
 
 
 def usable_tracker(wanted: str, typed: bool) -> str:
     """The tracker; a recipe's own one is left off, aloud, where it can't be used."""
     netrc = Path(os.path.expanduser("~/.netrc"))
-    account = {"WANDB_API_KEY", "WANDB_MODE"} & set(os.environ) or (
+    account = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or (
         netrc.is_file() and "wandb" in netrc.read_text())
+    why = ""
     if wanted != "none" and importlib.util.find_spec(wanted) is None:
         why = f"{wanted} is missing: pip install {wanted}"
     elif wanted == "wandb" and not account:
         why = "wandb finds no account: `wandb login`, or WANDB_MODE=offline"
-    else:
-        return wanted
-    if typed:
+    if why and typed:
         stop(f"--report-to: {why}")
-    print(f"no tracker: {why}")
-    return "none"
+    if why:
+        print(f"no tracker: {why}")
+    return "none" if why else wanted
 
 
 @contextmanager
@@ -466,15 +452,12 @@ def installed(package: str) -> str | None:
 
 
 def unusable_gpu() -> str | None:
-    """Why torch can't use the GPU that nvidia-smi shows, with the remedy; None where it can."""
-    ask = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    """Why torch can't use the GPU that is here, with the remedy; None where it can."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # by the user, on purpose
-    if not gpu() and not hidden and shutil.which(ask[0]):
-        with suppress(OSError, subprocess.SubprocessError, IndexError):
-            done = subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True)
-            return (f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, can't use "
-                    f"the GPU and driver here ({done.stdout.splitlines()[0]}): pip install -r "
-                    "requirements.txt, whose CUDA 12 build runs on drivers from 525 on")
+    if gpu() or hidden or not shutil.which("nvidia-smi"):
+        return None
+    return (f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, can't use the GPU "
+            "here: pip install -r requirements.txt, whose CUDA 12 build takes drivers from 525 on")
 
 
 def choose_dtype(wanted: str, backend: str = "transformers") -> str:
@@ -619,7 +602,7 @@ def find_rows(args) -> tuple[str, list[dict], list[dict]]:
         missing = (f"no data set {name} to be had: check the spelling, --dataset-config and "
                    "`hf auth login`, or give a file, or `generated`")
         with suppress(Exception) if may_swap else one_line(missing):
-            return name, *parts_of(load_with_config(name, config))
+            return name, *parts_of(datasets.load_dataset(name, config))
         print(f"questions: generated word problems, since the Hub can't be reached for {name}")
     generate = laptop("generating questions").generate_questions
     return ("generated", generate(args.max_examples or 2000, args.seed),
@@ -628,7 +611,7 @@ def find_rows(args) -> tuple[str, list[dict], list[dict]]:
 
 def read_data(path: Path, config: str | None = None) -> tuple[list[dict], list[dict]]:
     """(training rows, held-out rows or []) of a file, a saved data set, or a folder of files."""
-    with one_line(f"{path} can't be read"):
+    with one_line(f"{path} can't be read (of several configurations --dataset-config names one)"):
         if not path.is_dir():
             refuse_pointer(path)
             if config:
@@ -637,20 +620,11 @@ def read_data(path: Path, config: str | None = None) -> tuple[list[dict], list[d
         saved = any((path / f"dataset_{kind}.json").is_file() for kind in ("info", "dict"))
         try:
             return parts_of(datasets.load_from_disk(str(path)) if saved
-                            else load_with_config(str(path), config))
+                            else datasets.load_dataset(str(path), config))
         except Exception as problem:
             for file in filter(Path.is_file, path.rglob("*")):
                 refuse_pointer(file)
             raise (problem.__cause__ or problem) from None  # where datasets says what is wrong
-
-
-def load_with_config(name: str, config: str | None):
-    """A data set of the Hub or of a folder, in the configuration that --dataset-config names."""
-    known = datasets.get_dataset_config_names(name)
-    unsaid = config is None and len(known) > 1 and "default" not in known
-    if unsaid or config not in (None, *known):
-        stop(f"{name} has the configurations {', '.join(known)}: name one with --dataset-config")
-    return datasets.load_dataset(name, config)
 
 
 def parts_of(data) -> tuple[list[dict], list[dict]]:
@@ -715,10 +689,6 @@ def read_json(text: str, one_a_line: bool) -> list:
     return rows
 
 
-LAYOUTS = ("a text, a conversation of {\"role\", \"content\"} (content a text or its parts), or of "
-           "{\"from\", \"value\"}")
-
-
 def to_questions(rows, question_columns, answer_column, name: str, skip_bad=False) -> list[dict]:
     """Rows as questions, their other columns kept for rewards; stops where one can't be used."""
     questions, bad = [], []
@@ -742,8 +712,9 @@ def to_questions(rows, question_columns, answer_column, name: str, skip_bad=Fals
     if bad:
         count = f"{len(bad)} of {len(rows)} rows of {name}"
         if not skip_bad or not questions:
-            stop(f"{count} can't be used, the first is {bad[0]}; a question is {LAYOUTS}; "
-                 "--skip-bad leaves them out")
+            stop(f"{count} can't be used, the first is {bad[0]}; a question is a text, or a "
+                 "conversation of {\"role\", \"content\"} (content a text or its parts) or of "
+                 "{\"from\", \"value\"}; --skip-bad leaves them out")
         print(f"{count} left out, the first is {bad[0]}")
     return questions
 
@@ -1228,7 +1199,7 @@ def checked(func, label: str, fmt: str, rows: list[dict], tables: bool):
 
     It gets what TRL gives it, and each column of its rows' file, whose values Arrow need not be
     able to hold; our own need none. `tables`: it also gives TRL's table of completions the question
-    and the gold, and its metrics `variety`, the share of different texts.
+    and the gold.
     """
     ours = func in REWARD_FUNCS.values()
     names = [] if ours else dict.fromkeys(name for row in rows for name in row["columns"])
@@ -1243,7 +1214,7 @@ def checked(func, label: str, fmt: str, rows: list[dict], tables: bool):
         asked = {name: [one[name] for one in mine] for name in ("question", "answer")}
         return more | columns | asked | given
 
-    def check(values, prompts, completions, row, log_extra, log_metric, **_):
+    def check(values, completions, row, log_extra, **_):
         values = [v if v is None or isinstance(v, str) else float(v) for v in values]
         if len(values) != len(completions):
             raise RewardError(f"reward {label} returned {len(values)} values for "
@@ -1255,8 +1226,6 @@ def checked(func, label: str, fmt: str, rows: list[dict], tables: bool):
         if tables:
             for name in ("question", "answer"):
                 log_extra(name, [rows[i][name] for i in row])
-            texts = {(str(p), completion_text(c)) for p, c in zip(prompts, completions)}
-            log_metric("variety", len(texts) / len(completions))
         return values
 
     @contextmanager
@@ -1283,27 +1252,22 @@ def checked(func, label: str, fmt: str, rows: list[dict], tables: bool):
     return chosen
 
 
-def call_reward(func, run: Run, rows: list[dict], texts: list[str]) -> list[float | None]:
-    """Call a reward with all that TRL gives it, before the first step; one that is awaited waits
-    for TRL, in whose event loop its connections live."""
-    if inspect.iscoroutinefunction(func):
-        return [None] * len(rows)
-    state = transformers.TrainerState(max_steps=run.args.max_steps, num_train_epochs=1)
-    return func(prompts=[row["prompt"] for row in rows], row=[row["row"] for row in rows],
-                completions=[[{"role": "assistant", "content": text}] for text in texts],
-                completion_ids=run.tokenizer(texts, add_special_tokens=False).input_ids,
-                trainer_state=state, log_extra=lambda *_: None, log_metric=lambda *_: None)
-
-
 def try_rewards(run: Run) -> None:
-    """Call each reward once as a step will, with groups of worked solutions: a faulty one is named
-    before an hour is spent."""
+    """Call each reward once with what TRL gives in a step, for groups of worked solutions: a faulty
+    one is named before an hour is spent. One that is awaited waits for TRL's event loop."""
     args = run.args
     n = completions_a_step(args) // processes()
     rows = [row for row in run.train for _ in range(args.num_generations)][:n]
     texts = [worked(row, args.format) if row["solution"] else row["answer"] for row in rows]
+    given = {
+        "prompts": [row["prompt"] for row in rows], "row": [row["row"] for row in rows],
+        "completions": [[{"role": "assistant", "content": text}] for text in texts],
+        "completion_ids": run.tokenizer(texts, add_special_tokens=False).input_ids,
+        "trainer_state": transformers.TrainerState(max_steps=args.max_steps, num_train_epochs=1),
+        "log_extra": lambda *_: None, "log_metric": lambda *_: None}
     for func in run.rewards:
-        call_reward(func, run, rows, texts)
+        if not inspect.iscoroutinefunction(func):
+            func(**given)
 
 
 def as_dataset(rows: list[dict]):
@@ -1338,10 +1302,6 @@ def grpo_config(args, output_dir: Path, limit: int, validate=False, fresh=True, 
     # drops what it does not know with a warning.
     for name in ("mask_truncated_completions", "epsilon_high", "scale_rewards"):
         setattr(config, name, fields[name])
-    for name in sorted(set(fields) - {"report_to", "use_vllm", "vllm_mode"}):
-        if getattr(config, name, None) != fields[name]:
-            stop(f"GRPOConfig took {getattr(config, name, None)} for {name}, not {fields[name]}: "
-                 "the installed trl and unsloth are not the pinned ones")
     return use_one_gpu(config)
 
 
@@ -1570,47 +1530,21 @@ def grade(row: dict, completions: list[Completion], fmt: str) -> dict:
     return graded
 
 
-def sample_rollouts(run: Run, model, adapter: Path | None) -> None:
-    """Look at a few rollouts first: where no reward differs, GRPO has nothing to learn from."""
-    args, n = run.args, run.args.num_generations
-    tried = [row for row in run.train[:2] for _ in range(n)]
-    completions = complete(model, run.tokenizer, [row["text"] for row in tried], seed=args.seed,
-                           max_tokens=run.limit, temperature=args.temperature, adapter=adapter)
-    texts = [completion.text for completion in completions]
-    values = {func.__name__: call_reward(func, run, tried, texts) for func in run.rewards}
-    table = rich_table.Table("completion", "gold", "earns", "why not more", show_lines=True,
-                             title="A few rollouts before training, and what they earn")
-    for i in range(0, len(tried), n):
-        text, gold = texts[i], tried[i]["answer"]
-        faults = answer_fault(text, gold, args.format), format_fault(text, args.format)
-        earned = [f"{value[i]:g} {name}" for name, value in values.items() if value[i] is not None]
-        table.add_row(printable(text[:300]), gold, "\n".join(earned),
-                      "\n".join(filter(None, faults)))
-    rich_console.Console(markup=False, emoji=False).print(table)
-    earned = [sum(weight * (value or 0) for weight, value in zip(args.reward_weights, column))
-              for column in zip(*values.values())]
-    tried_all = not any(map(inspect.iscoroutinefunction, run.rewards))
-    if tried_all and all(len(set(earned[i : i + n])) == 1 for i in range(0, len(earned), n)):
-        print(f"watch: no reward differs among {len(texts)} rollouts, so there is nothing to "
-              "learn: try --warm-start 12, --few-shot 2, another --format or easier questions",
-              flush=True)
-
-
 # ---- Watching and saving -------------------------------------------------------------------------
 # metric: (lowest, highest, from which step, what to do). The ranges are axolotl's for GRPO, but for
 # the second and the fourth, which come from runs of this suite (RESULTS.md).
 HEALTHY = {
     "reward": (0.15, math.inf, 20, "read completions.html; try --warm-start, or easier questions"),
-    # Of eight questions a step; a run whose rate was four times too high had 5 of 8 from step 4 on.
-    "frac_reward_zero_std": (0, 0.5, 4, "groups agree and teach nothing: lower --learning-rate if "
-                             "it is falling apart, else take harder questions"),
+    # A run whose rate was four times too high had 5 of 8 from step 4 on.
+    "frac_reward_zero_std": (0, 0.5, 1, "groups agree and teach nothing: --warm-start 12 where all "
+                             "earn 0, harder questions where all are right, else it falls apart: "
+                             "lower --learning-rate"),
     "completions/clipped_ratio": (0, 0.3, 5, "raise --max-completion-length"),
     # No lower bound: it falls to 0.03 in runs that get better.
     "entropy": (0, 0.5, 5, "it rambles: raise --warm-start"),
     "kl": (0, 0.5, 1, "it drifts from the base: lower --learning-rate or raise --beta"),
     "grad_norm": (0.001, 1.0, 5, "low: no signal, see the rewards; high: lower --learning-rate"),
 }
-IN_A_ROW = 3  # steps outside its range before a metric is an alarm: one step is noise
 
 
 class Watch:
@@ -1682,19 +1616,16 @@ class Watch:
 
 
 def left_ranges(log: list[dict], groups: int) -> list[tuple[str, str]]:
-    """(metric, one line with the remedy) for each metric that has left its healthy range.
-
-    Of steps of few groups, several count as one where a share of the groups is judged.
-    """
-    found = []
+    """(metric, one line with the remedy) for each whose median of the last steps left its range: of
+    three, and of so many that 24 groups are in it, since one group agrees by chance."""
+    found, wanted = [], max(3, math.ceil(24 / groups))
     for metric, (low, high, start, remedy) in HEALTHY.items():
-        k = math.ceil(8 / groups) if metric == "frac_reward_zero_std" else 1
-        values = [row[metric] for row in log[-IN_A_ROW * k:] if row["step"] >= start
+        values = [row[metric] for row in log[-wanted:] if row["step"] >= start
                   and isinstance(row.get(metric), (int, float))]
-        values = [sum(values[i : i + k]) / k for i in range(0, len(values) - k + 1, k)]
-        if len(values) == IN_A_ROW and not any(low <= value <= high for value in values):
-            bound = f"below {low:g}" if values[-1] < low else f"above {high:g}"
-            line = f"{metric} is {values[-1]:.3g}, {bound} for {IN_A_ROW * k} steps: {remedy}"
+        middle = statistics.median(values) if len(values) == wanted else low
+        if not low <= middle <= high:
+            bound = f"below {low:g}" if middle < low else f"above {high:g}"
+            line = f"{metric} is {middle:.3g}, {bound}, in {wanted} steps: {remedy}"
             found.append((metric, line))
     return found
 
@@ -1756,7 +1687,7 @@ def save(run: Run, model, directory: Path, kept: Path | None = None, **more) -> 
         model.save_pretrained(str(part))
     else:
         if not any(p.any() for name, p in model.named_parameters() if "lora_B" in name):
-            stop("the adapter changes nothing, as no reward ever differed: see the samples above, "
+            stop("the adapter changes nothing, as no reward ever differed: look into completions/, "
                  "and try --warm-start 12 or easier questions")
         model.peft_config["default"].base_model_name_or_path = run.base.name
         if hasattr(model, "save_lora"):
@@ -1788,10 +1719,6 @@ def export(args, base: Base, model, tokenizer) -> None:
         model.save_pretrained_gguf(str(merged.with_name("gguf")), tokenizer)
         for file in merged.parent.glob("gguf*/*.gguf"):
             print(f"gguf: {file}")
-    if "hub" in args.export:
-        with one_line("--export hub can't be done; log in with `hf auth login`"):
-            huggingface_hub.create_repo(args.hub_id, exist_ok=True)
-            huggingface_hub.upload_folder(repo_id=args.hub_id, folder_path=str(base.adapter))
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -1899,8 +1826,6 @@ def grpo_phase(run: Run, model, start: Path | None, saved: Path, config):
         policy = load_policy(args, run.base, Path(state.best_model_checkpoint or done))
     else:
         policy = model or load_policy(args, run.base, start)
-        if not done and is_main_process():
-            sample_rollouts(run, policy, start)
         kind = trl.GRPOTrainer
         if args.backend == "transformers" and not gpu() and laptop():
             kind = laptop().without_agreeing(kind)
@@ -1940,12 +1865,11 @@ def show_plan(run: Run, parameters: int, source: str, why: str) -> None:
         share = f"; vLLM's share of the memory: {args.gpu_memory_utilization or own}"
     trained = f"LoRA rank {args.lora_rank}"
     if base.adapter or args.full_finetune:
-        trained = f"adapter {as_seen(base.adapter)}" if base.adapter else "all weights"
+        trained = f"adapter {base.adapter}" if base.adapter else "all weights"
     to_warm = args.warm_start and any(row["solution"] for row in run.train)
     warm = f", after {args.warm_start} supervised ones" if to_warm else ""
     prompt = sum(row["tokens"] for row in run.train) / len(run.train)
     rewards = [f"{w:g} {r.__name__}" for w, r in zip(args.reward_weights, run.rewards)]
-    source = as_seen(source) if Path(source).exists() else source
     lines = {
         "recipe": args.recipe,
         "model": f"{base.name}, {parameters / 1e6:.0f} M parameters, {args.dtype}"
@@ -1963,12 +1887,6 @@ def show_plan(run: Run, parameters: int, source: str, why: str) -> None:
     template = run.tokenizer.chat_template
     if "<think>" in template or "thinking" in template:
         print("a thinking model: what follows a leading <think>...</think> is judged")
-
-
-def as_seen(path: str | Path) -> str:
-    """A path as it is seen from here, where it lies below."""
-    seen = os.path.relpath(path)
-    return str(path) if seen.startswith("..") else seen
 
 
 def show_prompt(run: Run) -> None:

@@ -1029,7 +1029,7 @@ def test_ctrl_c_in_every_phase_says_how_to_go_on_and_that_goes_on(tmp_path, tiny
 
 @pytest.mark.parametrize("script", ["reasoning_model_grpo.py", "infer.py"])
 def test_ctrl_c_while_it_loads_ends_without_a_traceback(script, workplace, tiny_model):
-    """torch's start swallows the interrupt and is broken then; here one that does so for certain."""
+    """torch's start swallows the interrupt and is broken then; here a torch that surely does."""
     (workplace / "torch.py").write_text(
         "import os, signal, time\n"
         "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(1)\n"
