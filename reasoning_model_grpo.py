@@ -318,7 +318,8 @@ def ask_the_machine(args) -> None:
     if args.gradient_checkpointing is None:  # a CPU has the memory and lacks the time
         args.gradient_checkpointing = bool(gpu())
     if "gradient_accumulation_steps" not in args.typed:  # the recipe's or more: whole groups
-        fewest = fewest_batches(args.num_generations, args.batch_size)
+        batch = args.batch_size * processes()
+        fewest = args.num_generations // math.gcd(args.num_generations, batch)
         wanted = args.gradient_accumulation_steps or 1
         args.gradient_accumulation_steps = fewest * math.ceil(wanted / fewest)
     small_card = gpu() and gpu().total_memory < 17e9 and args.backend == "transformers"
@@ -330,11 +331,6 @@ def ask_the_machine(args) -> None:
         cheap = (args.max_steps >= 20 and "save_steps" not in args.typed
                  and args.max_steps * completions_a_step(args) >= 3200)
         args.eval_steps = math.ceil(args.max_steps / 4) if cheap else 0
-
-
-def fewest_batches(group: int, batch: int) -> int:
-    """The fewest batches, each of all processes, that hold whole groups."""
-    return group // math.gcd(group, batch * processes())
 
 
 def check_options(args) -> None:
