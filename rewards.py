@@ -1,16 +1,14 @@
 """Answer formats, grading, and the reward functions of every recipe. Standard library only.
 
     >>> from rewards import answer_fault, is_correct
-    >>> is_correct("<reasoning>\\n24 * 45\\n</reasoning>\\n<answer>\\n$1,080.\\n</answer>", "1080")
+    >>> is_correct("<answer>\\n$1,080.\\n</answer>", "1080")
     True
     >>> answer_fault("<answer>\\n70\\n</answer>", "72")
     'the answer is 70, the gold is 72'
 
-RL optimises what these functions say, their mistakes included. So: numbers are compared exactly,
-never as strings or floats; two answer blocks are a hedge and count as wrong; no regular expression
-here can backtrack; and a verdict can be asked for its reason (`answer_fault`, `format_fault`).
-
-It does not evaluate arithmetic in answers, read numbers in words, or grade anything but numbers.
+RL optimises what these functions say, their mistakes included: numbers are compared exactly, never
+as strings or floats; two answer blocks are a hedge and count as wrong; no regular expression can
+backtrack. Only numbers are graded; arithmetic is not evaluated, and numbers in words are not read.
 """
 
 import argparse
@@ -33,14 +31,12 @@ from typing import NamedTuple, NoReturn
 
 # ---- Formats and prompts: what the model is told, what a solution looks like ---------------------
 class Format(NamedTuple):
-    """One answer format. `tags`: reasoning open, reasoning close, answer open, answer close."""
-
-    tags: tuple[str, str, str, str]
+    tags: tuple[str, str, str, str]  # reasoning open, reasoning close, answer open, answer close
     own_lines: bool  # strict format wants every tag alone on its line
     system_prompt: str
 
     def render(self, reasoning: str, answer: str) -> str:
-        """Write a worked solution in this format (warm start, few-shot examples, tests)."""
+        """Write a worked solution in this format."""
         r_open, r_close, a_open, a_close = self.tags
         nl = "\n" if self.own_lines else ""
         working = f"{r_open}{nl}{reasoning.strip()}{nl}{r_close}"
@@ -94,15 +90,13 @@ def refuses_system(tokenizer, template_kwargs=None) -> bool:
         return True
 
 
-# ---- Reading numbers -----------------------------------------------------------------------------
+# ---- Finding the answer --------------------------------------------------------------------------
 def completion_text(completion) -> str:
     """The text of a completion: a string, or a conversation's last message of the assistant."""
     if isinstance(completion, str):
         return completion
-    for message in reversed(completion):
-        if message.get("role", "assistant") == "assistant":
-            return message_text(message)
-    return ""
+    said = [turn for turn in completion if turn.get("role", "assistant") == "assistant"]
+    return message_text(said[-1]) if said else ""
 
 
 def message_text(message: dict) -> str:
@@ -119,12 +113,8 @@ def message_text(message: dict) -> str:
 def after_thinking(text: str) -> str:
     """What follows a leading `<think>...</think>`; "" where that is cut off before its end.
 
-    Its opening tag may be missing: some templates write it into the prompt. The first `</think>`
-    ends it, so of several answers one place counts, fixed beforehand. What begins with a tag of
-    ours is an answer from its first word on: a `</think>` in it makes no earlier one undone.
-
-    >>> after_thinking("So <answer>7</answer>? No.</think><answer>8</answer>")
-    '<answer>8</answer>'
+    Its opening tag may be in the prompt. The first `</think>` ends it, so that of several answers
+    one place counts; but what begins with a tag of ours is an answer from its first word on.
     """
     thinking, closed, rest = text.partition("</think>")
     start = thinking.lstrip()
@@ -141,11 +131,7 @@ def extract_xml_answer(text: str) -> str:
 
 
 def extract_hash_answer(text: str) -> str | None:
-    """GSM8K's gold, the rest of the line after the last `####`; None where there is none.
-
-    >>> extract_hash_answer("48 / 2 = 24 #### 1,080\\nThe answer is: 1,080")
-    '1,080'
-    """
+    """GSM8K's gold, the rest of the line after the last `####`; None where there is none."""
     _, mark, rest = text.rpartition("####")
     return rest.partition("\n")[0].strip() if mark else None
 
@@ -160,90 +146,82 @@ def answer_block(text: str, fmt: str = "xml") -> str | None:
     return inside.strip() if closed else None
 
 
-# First, what is written otherwise and means the same.
+# ---- Reading numbers: first, what is written otherwise and means the same ------------------------
 _SAME = {0xFF01 + i: 0x21 + i for i in range(94)}  # full-width forms
 _SAME |= dict.fromkeys([0x2010, 0x2011, 0x2212], "-")  # hyphens, and the minus sign
 # What can't be seen, but for the invisible times, plus and comma.
 _SAME |= dict.fromkeys([0xAD, 0x200B, 0x200C, 0x200D, 0x200E, 0x2060, 0xFEFF])
-_DASH_AS_MINUS = re.compile(r"(?<!\w)[‒–](?=\S)")  # "–5", but neither "3–5" nor "– 5"
-_THOUSANDS = re.compile(
-    r"(?<=[0-9])(?:(?:\{,\}|,?\\[,!])(?>(?:\\!|\s)*)|[\u2009\u202f'’])(?=[0-9])")
-_RUPEES = re.compile(r"\bRs\b\.?")
-_FULL_HOUR = re.compile(r"(?<=[0-9])(?>(?::00)+)(?![0-9:])")
+_REWRITTEN = [(re.compile(pattern), plain) for pattern, plain in (
+    (r"(?<!\w)[‒–](?=\S)", "-"),  # "–5", but neither "3–5" nor "– 5"
+    (r"(?<=[0-9])(?:(?:\{,\}|,?\\[,!])(?>(?:\\!|\s)*)|[\u2009\u202f'’])(?=[0-9])", ","),  # 1'080
+    (r"(?<=[0-9])(?>(?::00)+)(?![0-9:])", ""),  # "2:00"
+    (r"(?<=[^\W\d_])\}?+\^\{?+[23]\}?+(?![0-9])", "²"),  # "cm^3", "\text{m}^{2}": a unit's power
+    (r"\bRs\.", "Rs "),
+    ("千[克米]", " km"),  # else 千 is a thousand
+)]  # fmt: skip
 
 
 def _plain(text: str) -> str:
-    """Look-alikes, thousands ("1{,}080", "1,\\!080", "1'080") and full hours written plainly."""
     if len(text) > 10_000:  # what is so long is digits, or no number
         return text
-    if not text.isascii():
-        text = _DASH_AS_MINUS.sub("-", text.translate(_SAME))
-    return _FULL_HOUR.sub("", _THOUSANDS.sub(",", _RUPEES.sub("₹", text)))
+    text = text.translate(_SAME)
+    for pattern, plain in _REWRITTEN:
+        text = pattern.sub(plain, text)
+    return text
 
 
-# Then the number. More than 100 characters on a side of its digits are prose, no sign or unit; of
-# other digits a unit may hold its power.
-_AROUND = re.compile(r"([^0-9.]{0,100}+)(\.?+[0-9][0-9.,]*+)"
-                     r"((?>(?:[^0-9]|(?<=\^)[23]|(?<=\^\{)[23]){0,100}))")  # fmt: skip
+# Then the number. More than 100 characters on a side of its digits are prose, no sign or unit.
+_AROUND = re.compile(r"([^0-9.]{0,100}+)(\.?+[0-9][0-9.,]*+)([^0-9]{0,100}+)")
 _IN_THOUSANDS = "[1-9][0-9]{0,2}(?>(?:,[0-9]{3})+)"
 _IN_LAKHS = "[1-9][0-9]?+(?>(?:,[0-9]{2}(?=,))+),[0-9]{3}"  # India's groups: 1,08,000
 _NUMBER = re.compile(rf"(?>(?:{_IN_THOUSANDS}|{_IN_LAKHS}|[0-9]++)?)(?>(?:\.[0-9]++)?)")
 
-# LaTeX, Markdown and quotes around a number carry no value; nor does an inch mark.
-_MARKUP = re.compile(r"""\\(?:boxed|text|textbf|mathrm|mathbf)\{|\\[,;! ()\[\]]|~(?=\\?[A-Za-z])"""
-                     r"""|\*\*|[}`"“”″]""")  # fmt: skip
-_DEGREES = re.compile(r"\^\{?+\\circ")
-_SQUARED, _CUBED = (  # "cm^2", "\text{m}^{3}": the power of a letter
-    re.compile(rf"(?<=[^\W\d_])\}}?+\^(?:{power}(?![0-9])|\{{{power}\}})") for power in "23")
+# LaTeX, Markdown and quotes around a number carry no value; nor does the sign of degrees or inches.
+_MARKUP = re.compile(r"""\\(?:boxed|text|textbf|mathrm|mathbf)\{|\\[,;! ()\[\]]|\\(?=[$%])|\*\*"""
+                     r"""|[}`"“”″]|~(?=\\?[A-Za-z])|\^\{?+\\circ""")  # fmt: skip
 
 # Before the digits may stand a sign and a currency; a "$" may be maths, too.
-_SIGN = "$¢£¥৳฿\u20a0-\u20c0￠￡￥￦"
-_CURRENCY = rf"(?:(?:(?:US |[A-Z]{{0,3}})[{_SIGN}]|USD|EUR|GBP|INR|CNY|RMB|JPY|AUD|CAD|CHF)\s*+)"
-_PREFIX = re.compile(rf"\s*+([-+]?+)\s*+(?>{_CURRENCY}{{0,2}})([-+]?+)\s*+")
+_SIGN = "$¢£¥৳฿\u20a0-\u20c0"
+_CURRENCY = re.compile(rf"(?:US |[A-Z]{{0,3}})[{_SIGN}]|Rs|USD|EUR|GBP|INR|CNY|RMB|JPY|AUD|CAD|CHF")
 
-# Behind them a unit: words of any script, which _is_unit spells with "a" and, for accents, U+0300.
-_WORD = r"[A-Za-z][A-Za-z\u0300]*+"
-_UNIT = re.compile(rf"(?>(?:[\s.。।%°℃℉ℓ㎀-㏟()'’{_SIGN}]|{_WORD}[-,/&;:!²³]?+|/(?=[A-Za-z]))*)")
+# Behind them a unit: words of any script, whose vowel signs and accents are no letters.
+_WORD = r"[^\W\d_](?>(?:[^\W\d_]|[\u0300-\u1fff])*)"
+_UNIT = re.compile(rf"(?>(?:[\s.。।%°()'’{_SIGN}]|{_WORD}[-,/&;:!23]?+|/(?=[^\W\d_]))*)")
 
 # But a letter by itself ("7 a.m.", "3 x-rays" and "762 M&Ms" hold none) is a variable, if it is no
 # article ("72 a day"), names no kind ("8 D batteries", but "5 M people" are millions), and units
 # aren't written so: metres, grams, hours, ... Of these only metres are squared.
-_ALONE = r"(?![A-Za-z0-9_'’&]|\.[A-Za-z]|-\w\w|/o\b)"
+_ALONE = r"(?![A-Za-z_'’&]|\.[A-Za-z]|-\w\w|/o\b)"
 _LETTER = rf"(?!a\s++\w\w|[AC-JLN-SU-Z]\s++[a-z]{{3}})[A-Za-zΑ-ω]{_ALONE}"
-_VARIABLE = rf"(?!m|[ghslLtdpcAVWJNCFΩμ](?![²³])){_LETTER}"
+_VARIABLE = rf"(?!m|[ghslLtdpcAVWJNCFΩμ](?![²³23])){_LETTER}"
 _TERM = re.compile(rf"\A\W*+{_VARIABLE}|(?<![\w.'’&-])[xyz]{{1,3}}+{_ALONE}")
 # In maths any letter by itself, and two ("$2ab$"), but for units that are set so in haste.
 _HASTY_UNIT = r"(?:[cdkm]m|[km]g|m[il]|ft|in|yd|oz|lb|hr)\b"
 _TERM_IN_MATHS = re.compile(rf"\A\s*+(?:{_LETTER}|(?!{_HASTY_UNIT})[a-z]{{2}}\s*+\$)")
 # An equation: "2x = 72" says 36, "-x = 5" says -5; but "5 x 3 = 15" multiplies.
 _TO_SOLVE = re.compile(
-    rf"[0-9]\s*+(?>(?:[-+*/^·×]\s*+)?)(?![xX]\s*+[($0-9]){_VARIABLE}"
-    rf"|\A[\s$(]*+-\s*+{_VARIABLE}"
+    rf"(?:[0-9]\s*+[-+*/^·×]?+\s*+|\A[\s$(]*+-\s*+)(?![xX]\s*+[($0-9]){_VARIABLE}"
     rf"|(?<![\w'’]){_VARIABLE}\s*+(?:[\^²³]|[-+*/·×÷]\s*+[0-9])")
 # Several: "x = 71, y = 72", between whose "=" a value ends and a name begins.
 _NEXT_EQUATION = re.compile(
     r",(?![0-9])|;|\n\s*+[^\s&]|\b(?:and|so)\b"
     rf"|\A[-$]?+[0-9][0-9.,]*+[^\w+*·×/^-]++{_VARIABLE}\Z")
 
-# Words change a number directly behind it: "5 thousand", "2 thirds", "2 and a half", "72 or more",
-# "5bn", "9 of ten"; in other languages those that are listed here ...
+# Words change a number directly behind it: "5 thousand", "2 thirds", "72 or more", "9 of ten"; in
+# other languages those that are listed here.
 _COUNT = (r"(?:an?\s++(?:hundred|thousand|million|billion|dozen|half|third|quarter)|zero|one|two"
           r"|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
           r"|(?:twen|thir|fou?r|fif|six|seven|eigh|nine)(?:ty|teen))")  # fmt: skip
 _NEXT_WORD = re.compile(
-    r"\A\W*+(?:(?:hundred|thousand|(?:m|b|tr|quadr|quint)illion|lakh|crore|dozen|third|fourth|fifth"
-    r"|sixth|seventh|eighth|ninth|tenth|twelfth|[a-z]{1,9}(?:tie|teen)th|hundredth|thousandth"
-    r"|(?:m|b)illionth)s?|tens|half|halves|and an?|squared|cubed|pi|or|plus|minus|not|bn|mn"
-    rf"|of\s++{_COUNT})\b",
-    re.IGNORECASE,
-)
-_NEXT_WORD_ELSEWHERE = re.compile(
-    r"\A\W*+(?:(?:mil|mille|tausend|ribu|juta|oder|ou|или|сот(?:ен|ня|ни)?|трет(?:ь|и|ей))\b"
+    r"\A\W*+(?:(?:(?:third|(?:four|fif|six|seven|eigh|nin|ten|twelf|[a-z]{1,9}(?:tie|teen))th"
+    r"|(?:hundred|thousand|(?:b|tr|quadr|quint)illion)(?:th)?|lakh|crore|dozen)s?|tens|half|halves"
+    rf"|and an?|squared|cubed|pi|or|plus|minus|not|bn|mn|of\s++{_COUNT}"
+    r"|mil|mille|tausend|ribu|juta|oder|ou|или|сот(?:ен|ня|ни)?|трет(?:ь|и|ей))\b"
     r"|mil(?:l?iard|l?i?[oó]n|h[ãõ]|yo|ya)|тыс|млн|млрд|милли(?:он|ард)|дюжин|с половин"
     r"|[多余餘以或천만억백조반]|हज|लाख|करोड|सौ|ألف|آلاف|مليون|ملايين|مليار)|[半两]",
     re.IGNORECASE,
 )
-# ... and some anywhere: "72 dollars or more", "72 dollars and fifty cents", "2 hours and a half".
+# And some anywhere: "72 dollars or more", "72 dollars and fifty cents", "2 hours and a half".
 _LATER_WORD = re.compile(
     r"\b(?:(?:is|are)(?: not|n['’]t)|below zero|in (?:hundred|thousand|million|billion)s"
     r"|or (?:more|less|fewer|so)|(?:and|or|plus|minus|point|times|less|by|over|out of|to|remainder"
@@ -251,46 +229,38 @@ _LATER_WORD = re.compile(
     rf"|hours?|days?|weeks?|months?|years?)[,;]?+\s++{_COUNT})\b",
     re.IGNORECASE,
 )
-_CHANGE_VALUE = (_TERM, _NEXT_WORD, _NEXT_WORD_ELSEWHERE, _LATER_WORD)
 
 
 def parse_number(text) -> Decimal | None:
     """Read one number exactly, or None. Time is linear in the length of `text`.
 
-    Reads "1,080", "$72", "US$72", "72 €", "-$5", "72.", "50%", "72 km/h", "72元", "5 m^2",
-    "**72**", "\\boxed{72}", "$72$", "1{,}080", "1,08,000", "1'080", U+2212, no-break spaces, the
-    hour of "2:00 pm" (but no "2:30"), and of an equation what follows the last "=". Does not
-    evaluate ("48+24"), solve ("2x = 72", "-7x"), join digits ("7 2"), choose among numbers ("72 or
-    73", "3-5", "2 2/3"), or read scale words ("5 thousand"; further on they say something else:
-    "72 bars in the fourth week"), scientific notation, superscripts, infinities or NaN.
+    A sign, a currency, a unit, LaTeX and Markdown may stand around it, and what "=" it follows.
+    Nothing is evaluated, solved, joined or chosen ("48+24", "2x = 72", "7 2", "72 or 73", "3-5",
+    "2 2/3"), no scale words and no scientific notation are read.
 
-    >>> parse_number("x = $1,080.50 per month"), parse_number("10,80")
-    (Decimal('1080.50'), None)
+    >>> parse_number("x = $1,080.50 per month"), parse_number("5 thousand"), parse_number("10,80")
+    (Decimal('1080.50'), None, None)
     """
     if isinstance(text, float):  # a JSON number: 1e+20 is an exact notation there
         text = f"{Decimal(str(text)):f}"
     left, equals, value = _plain(str(text)).rpartition("=")
-    if equals and _gives_no_value(left):
-        return None
     around = _AROUND.fullmatch(value.strip())
-    if around is None:
+    if around is None or equals and _gives_no_value(left):
         return None
     before, digits, unit = around.groups()
     while before and unit and before[-1] + unit[0] in ("**", "__", "''", "‘’"):
         before, unit = before[:-1], unit[1:]
     if "$" in before and _TERM_IN_MATHS.match(unit):
         return None  # "$5m" is five million, "$5 m$" a term: units stand in \text{} there
-    prefix = _PREFIX.fullmatch(_without_markup(before))
+    sign = _CURRENCY.sub("", _without_markup(before), count=2).strip()
     number = _NUMBER.fullmatch(digits.rstrip("."))
-    if not (prefix and number and _is_unit(_without_markup(unit))):
-        return None
-    sign = prefix[1] + prefix[2]  # before the currency, or behind it
-    return None if len(sign) > 1 else Decimal(sign + number[0].replace(",", ""))
+    readable = number and sign in ("", "+", "-") and _is_unit(unit)
+    return Decimal(sign + number[0].replace(",", "")) if readable else None
 
 
 def _gives_no_value(left: str) -> bool:
     """Whether what is left of the last "=" makes it a bound, one of several, or to be solved."""
-    if len(left) > 1000 or left.endswith(("<", ">", "!", "~", "/")) or re.search(r"\bor\b", left):
+    if len(left) > 1000 or left.endswith(tuple("<>!~/")) or re.search(r"\bor\b", left):
         return True
     name, *steps = left.split("=")
     several = any(_NEXT_EQUATION.search(step.strip()) for step in steps)
@@ -298,28 +268,17 @@ def _gives_no_value(left: str) -> bool:
 
 
 def _without_markup(text: str) -> str:
-    text = _CUBED.sub("³", _SQUARED.sub("²", text))
-    text = _DEGREES.sub("°", text.replace("\\$", "$").replace("\\%", "%"))
-    return _MARKUP.sub(" ", text)
+    return unicodedata.normalize("NFKC", _MARKUP.sub(" ", text))  # ₨, ㎡ and ℃ as letters
 
 
 def _is_unit(text: str) -> bool:
     """Whether `text` may stand behind a number and leave its value as it is."""
-    if any(pattern.search(text) for pattern in _CHANGE_VALUE):
-        return False
-    if not text.isascii():
-        text = text.replace("千克", "kg").replace("千米", "km")  # else 千 is a thousand
-        text = "".join(map(_as_letter, text))
-    return _UNIT.fullmatch(text) is not None
-
-
-def _as_letter(char: str) -> str:
-    """Letters of all scripts as "a", accents and vowel signs as U+0300; what else, as it is."""
-    if unicodedata.category(char)[0] == "M":
-        return "\u0300"
-    numeral = unicodedata.numeric(char, None) is not None  # 万
-    symbol = unicodedata.decomposition(char).startswith(("<super>", "<sub>", "<font>"))  # ⁿ, 𝑥
-    return "a" if char.isalpha() and not numeral and not symbol else char
+    for char in set(text) - set("²³ℓ"):  # such as 万, ½, ⁿ and 𝑥
+        if char.isnumeric() or unicodedata.decomposition(char).startswith(("<su", "<font>")):
+            return False
+    text = _without_markup(text)
+    changed = any(words.search(text) for words in (_TERM, _NEXT_WORD, _LATER_WORD))
+    return not changed and _UNIT.fullmatch(text) is not None
 
 
 def parse_gold(gold) -> Decimal | None:
@@ -333,27 +292,13 @@ def parse_gold(gold) -> Decimal | None:
     return None if "=" in _plain(str(text)) else parse_number(text)
 
 
-# Both read backwards, so that the last number of a long text is found without reading all of it.
-_UP_TO_LAST_DIGIT = re.compile(r"[0-9０-９](?!\{?\^\}?[^\W\d_]).{0,9999}", re.DOTALL)  # no "m^2"
-_LAST_RUN = re.compile(r"[0-9][0-9$.,]*+-?+")
-
-
 def last_number(text: str) -> Decimal | None:
-    """The last number anywhere in `text`, as lm-evaluation-harness' flexible-extract reads it.
-
-    That is, the last of its runs -?[$0-9.,]+, but one with a digit, and as a value: "72.00" is 72,
-    "72 ..." too, "2:00" is 2, "1{,}080" is 1080, and "10,80" or "12.5.2020" are no number.
-    """
-    found = _UP_TO_LAST_DIGIT.search(text[::-1])
-    if found is None:
-        return None
-    up_to_it = _plain(found[0][::-1])
-    run = _LAST_RUN.match(up_to_it[::-1])[0][::-1].replace("$", "")
-    sign = "-" if run.startswith("-") else ""
-    unsigned = run.lstrip("-")
-    digits = unsigned.lstrip(".,")
-    point = "." if unsigned == f".{digits}" else ""  # "wait...72" is 72, ".5" a half
-    return parse_number(sign + point + digits)
+    """The last number anywhere in `text`, as lm-evaluation-harness' flexible-extract reads it, but
+    as a value: "72.00" is 72, "72 ..." too, "2:00" is 2, and "10,80" is no number."""
+    end = max(map(text.rfind, "0123456789０１２３４５６７８９")) + 2  # with the brace of "m^{2}"
+    tail = _plain(text[max(0, end - 10_000) : end]).replace("$", "")
+    runs = re.findall(r"-?+(?:(?<!\.)\.)?[0-9][0-9.,]*+", tail)  # "wait...72" is 72, ".5" a half
+    return parse_number(runs[-1].rstrip(".,")) if runs else None
 
 
 # ---- Grading -------------------------------------------------------------------------------------
@@ -362,7 +307,7 @@ def is_correct(completion, gold: str, *, mode: str = "strict", fmt: str = "xml")
 
     strict: exactly one closed answer block, and its number is the gold's. flexible (for evaluation
     only, never a reward): the same where that block holds one number, else the last number of the
-    text. `gold` may be a whole GSM8K solution ending in "#### n".
+    text. ValueError for other modes. `gold` may be a whole GSM8K solution ending in "#### n".
     """
     if mode not in ("strict", "flexible"):
         raise ValueError(f"mode must be 'strict' or 'flexible', not {mode!r}")
@@ -379,10 +324,9 @@ def answer_fault(text: str, gold: str, fmt: str = "xml") -> str | None:
     if block is None:
         n = max(after_thinking(text).count(tag) for tag in FORMATS[fmt].tags[2:])
         return f"{n} answer tags are a hedge" if n > 1 else "there is no closed answer block"
-    number = parse_number(block)
+    number, wanted = parse_number(block), parse_gold(gold)
     if number is None:
         return f"the answer {block[:30]!r} is not one number"
-    wanted = parse_gold(gold)
     if wanted is None:
         return f"the gold {str(gold)[-30:]!r} is not one number"
     return None if number == wanted else f"the answer is {number:.30}, the gold is {wanted:.30}"
@@ -394,33 +338,24 @@ def format_fault(text: str, fmt: str = "xml", strict: bool = True) -> str | None
     Both want one reasoning block, then one answer block, neither empty. strict also wants nothing
     else in the completion, and every tag on its own line where the format says so.
     """
-    spec = FORMATS[fmt]
-    text = after_thinking(text)
-    for tag in spec.tags:
-        n = text.count(tag)
-        if n != 1:
-            return f"{tag} occurs {n} times, not once"
-    starts = [text.index(tag) for tag in spec.tags]
-    if starts != sorted(starts):
+    text, tags = after_thinking(text), FORMATS[fmt].tags
+    for tag in tags:
+        if text.count(tag) != 1:
+            return f"{tag} occurs {text.count(tag)} times, not once"
+    if sorted(tags, key=text.index) != list(tags):
         return "the tags are out of order"
-    ends = [start + len(tag) for start, tag in zip(starts, spec.tags)]
-    before, after = text[: starts[0]], text[ends[3] :]
-    reasoning, between, answer = (text[ends[i] : starts[i + 1]] for i in range(3))
+    before, reasoning, between, answer, after = re.split("|".join(tags), text)
     if not reasoning.strip():
         return "the reasoning is empty"
     if between.strip():
         return "there is text between the two blocks"
     if not answer.strip():
         return "the answer is empty"
-    if not strict:
-        return None
-    if before.strip() or after.strip():
+    if strict and (before.strip() or after.strip()):
         return "there is text outside the two blocks"
-    for start, end, tag in zip(starts, ends, spec.tags):
-        line_start, line_end = text.rfind("\n", 0, start) + 1, text.find("\n", end)
-        line = text[line_start : line_end if line_end >= 0 else None]
-        if spec.own_lines and line.strip() != tag:
-            return f"{tag} is not alone on its line"
+    if strict and FORMATS[fmt].own_lines:
+        lines = [line.strip() for line in text.split("\n")]
+        return next((f"{tag} is not alone on its line" for tag in tags if tag not in lines), None)
     return None
 
 
@@ -430,11 +365,8 @@ def vote(texts: list[str], fmt: str) -> tuple[str | None, int]:
     Answers that are no number don't vote; (None, 0) if none is.
     """
     numbers = [_read_answer(text, fmt) for text in texts]
-    votes = Counter(number for number in numbers if number is not None)
-    if not votes:
-        return None, 0
-    winner, count = votes.most_common(1)[0]
-    return f"{winner:f}", count
+    votes = Counter(number for number in numbers if number is not None).most_common(1)
+    return (f"{votes[0][0]:f}", votes[0][1]) if votes else (None, 0)
 
 
 def _read_answer(text: str, fmt: str) -> Decimal | None:
