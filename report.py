@@ -2,28 +2,27 @@
 
     python report.py outputs/smollm2-135m                        # as at the end of its training
     python report.py outputs/smollm2-135m outputs/smollm2-135m-2 # one table, one picture of both
-    python report.py outputs/smollm2-135m --json                 # the figures, for a program
 
-RUN is a directory of reasoning_model_grpo.py or of `infer.py --evaluate`, shown as far as it came;
-no model is loaded. Of one run it writes progress.png, completions.html and evaluation.json into the
-directory, of several comparison.png beside the first; there a taken name gets a number.
+RUN is a directory of reasoning_model_grpo.py or of `infer.py --evaluate`. One gets progress.png,
+completions.html and evaluation.json in it, several get comparison.png beside the first.
 """
 
 import argparse
+import fnmatch
 import itertools
 import json
 import math
 import os
-import re
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple, NoReturn
 
 STAGES = {"_before": "before", "_adapter": "with the adapter given",  # evaluation_before.jsonl, ...
           "_warm_start": "after warm start", "_after": "after GRPO", "": "measured alone"}
 METRICS = {"strict": "strict accuracy", "flexible": "flexible accuracy", "format": "strict format",
            "truncated": "truncated", "majority": "majority vote"}  # columns of 0 and 1
+CURVES = {"reward": "Reward", "completions/mean_length": "Length of an answer, tokens",
+          "completions/clipped_ratio": "Answers cut off at the limit, of 1"}  # TRL's names
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
@@ -32,24 +31,8 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     z, p = 1.959964, successes / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # The bounds of none and all are 0 and 1 exactly, which rounding would miss by 1e-16.
-    low = middle - half if successes else 0.0
-    high = middle + half if successes < n else 1.0
-    return low, high
-
-
-def mcnemar(before: list, after: list) -> float:
-    """Two-sided exact p of McNemar's test (1947): the same questions, right or wrong twice."""
-    gained = sum(not b and bool(a) for b, a in zip(before, after, strict=True))
-    lost = sum(bool(b) and not a for b, a in zip(before, after, strict=True))
-    n = gained + lost
-    tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))
-    return min(1.0, 2 * tail / 2**n)
-
-
-def pass_at_k(n: int, right: int, k: int) -> float:
-    """Unbiased estimate that one of k samples is right, from n (Chen et al., arXiv:2107.03374)."""
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+    # Rounded, so that the bounds of none and all are 0 and 1: matplotlib takes no bar below 0.
+    return max(0.0, round(middle - half, 12)), round(middle + half, 12)
 
 
 def summarise(rows: list[dict]) -> dict:
@@ -61,58 +44,49 @@ def summarise(rows: list[dict]) -> dict:
             count = sum(row[metric] for row in rows)
             low, high = wilson(count, n)
             summary[metric] = {"rate": count / n, "low": low, "high": high, "count": count}
-    if "samples" in rows[0]:
-        samples = len(rows[0]["samples"])
+    if "samples" in rows[0]:  # unbiased, from all samples (Chen et al., arXiv:2107.03374)
+        drawn = len(rows[0]["samples"])
         summary["pass_at_k"] = {}
-        for k in sorted({2**i for i in range(samples.bit_length())} | {samples}):
-            chances = [pass_at_k(samples, row["right"], k) for row in rows]
-            summary["pass_at_k"][k] = sum(chances) / n
+        for k in sorted({2**i for i in range(drawn.bit_length())} | {drawn}):
+            misses = sum(math.comb(drawn - row["right"], k) for row in rows)
+            summary["pass_at_k"][k] = 1 - misses / math.comb(drawn, k) / n
     return summary
 
 
 def shared(first: list[dict], second: list[dict]) -> list[tuple[dict, dict]]:
-    """Two rows for each question that both evaluations asked, by its text and gold."""
-    waiting = {}  # lists, as a question may be there twice
-    for row in second:
-        waiting.setdefault((row["question"], str(row["gold"])), []).append(row)
-    pairs = []
-    for row in first:
-        partners = waiting.get((row["question"], str(row["gold"])))
-        if partners:
-            pairs.append((row, partners.pop(0)))
-    return pairs
+    """Two rows for each question, with its gold, that both evaluations asked."""
+    old, new = ({(row["question"], str(row["gold"])): row for row in rows}
+                for rows in (first, second))
+    return [(old[question], new[question]) for question in old if question in new]
 
 
 def verdict(before: list[dict], after: list[dict]) -> dict:
-    """The change of strict accuracy on the questions that both evaluations asked, in words too."""
-    pairs = shared(before, after)
-    n = len(pairs)
+    """The change of strict accuracy on what both asked; p is McNemar's, exact and two-sided."""
+    changes = [new["strict"] - old["strict"] for old, new in shared(before, after)]
+    n, gained, lost = len(changes), changes.count(1), changes.count(-1)
     if n == 0:
         return {"n": 0, "words": "nothing to compare, n = 0"}
-    p = mcnemar([old["strict"] for old, _ in pairs], [new["strict"] for _, new in pairs])
-    change = sum(new["strict"] - old["strict"] for old, new in pairs) / n
+    tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1))
+    p, change = min(1.0, 2 * tail / 2 ** (gained + lost)), (gained - lost) / n
     words = f"strict accuracy {'rose' if change > 0 else 'fell'} by {abs(100 * change):.1f} points"
     if p >= 0.05:
         words = f"no significant change of strict accuracy ({100 * change:+.1f} points)"
-    words += f", McNemar p = {p:.2g}, n = {n}"
-    return {"n": n, "change": change, "p": p, "words": words}
+    return {"n": n, "change": change, "p": p, "words": f"{words}, McNemar p = {p:.2g}, n = {n}"}
 
 
-# ---- Reading a run's directory -------------------------------------------------------------------
-class Run(NamedTuple):
-    directory: Path
-    name: str  # as it was typed
-    steps: list[dict]  # TRL's metrics of each GRPO step
-    stages: dict[str, list[dict]]  # graded answers, in the order in which they were given
-    summaries: dict[str, dict]  # of each stage
+def verdicts(evaluations: dict[str, list[dict]]) -> dict[str, dict]:
+    """What changed between each two evaluations of these names."""
+    return {f"{old} → {new}": verdict(evaluations[old], evaluations[new])
+            for old, new in itertools.combinations(evaluations, 2)}
 
 
+# ---- A run's directory ---------------------------------------------------------------------------
 def printable(text) -> str:
     """Without control characters: a model's or a file's text must not steer the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else " " for c in str(text))
 
 
-def stop(message: str) -> NoReturn:
+def stop(message: str):
     """End in one line that says what is wrong and what to type instead; exit code 2."""
     print(f"error: {' '.join(printable(message).split())}", file=sys.stderr, flush=True)
     raise SystemExit(2)
@@ -128,141 +102,78 @@ def reading(path: Path):
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a file, none where it is missing; what splitlines() splits stays a line."""
-    if not path.exists():
-        return []
-    with reading(path):
-        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+    text = path.read_text("utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n") if line]  # splitlines(): U+2028 too
 
 
-def load(directory: Path) -> Run:
+class Run:
     """All that is shown of a run, however far it came."""
-    steps = [row for row in read_jsonl(directory / "metrics.jsonl") if "reward" in row]
-    stages, summaries = {}, {}
-    for file, stage in STAGES.items():
-        path = directory / f"evaluation{file}.jsonl"
-        rows = read_jsonl(path)
-        if rows:
-            stages[stage] = rows
-            with reading(path):
-                summaries[stage] = summarise(rows)
-    if not steps and not stages:
-        stop(f"{directory} holds no metrics.jsonl or evaluation*.jsonl: name a run's directory")
-    return Run(directory, printable(directory), steps, stages, summaries)
+
+    def __init__(self, directory: Path):
+        self.directory, self.name = directory, printable(directory)
+        self.stages, summaries = {}, {}  # graded answers, in the order in which they were given
+        with reading(path := directory / "metrics.jsonl"):
+            self.steps = [row for row in read_jsonl(path) if "reward" in row]
+        for file, stage in STAGES.items():
+            with reading(path := directory / f"evaluation{file}.jsonl"):
+                if rows := read_jsonl(path):
+                    self.stages[stage], summaries[stage] = rows, summarise(rows)
+        if not self.steps and not self.stages:
+            stop(f"{directory} holds no metrics.jsonl or evaluation*.jsonl: name a run's directory")
+        self.figures = {"name": self.name, "steps": len(self.steps), "stages": summaries,
+                        "changes": verdicts(self.stages)}
 
 
-# ---- Figures and tables --------------------------------------------------------------------------
-def figures(run: Run) -> dict:
-    """evaluation.json: each stage's summary, and the verdicts between each two."""
-    changes = {f"{old} → {new}": verdict(run.stages[old], run.stages[new])
-               for old, new in itertools.combinations(run.stages, 2)}
-    return {"stages": run.summaries, "changes": changes}
-
-
-def compare(runs: list[Run]) -> dict[str, dict]:
-    """The verdicts between the last stages of each two runs."""
-    verdicts = {}
-    for one, other in itertools.combinations([run for run in runs if run.stages], 2):
-        old, new = list(one.stages)[-1], list(other.stages)[-1]
-        name = f"{one.name}, {old} → {other.name}, {new}"
-        verdicts[name] = verdict(one.stages[old], other.stages[new])
-    return verdicts
-
-
+# ---- Tables, pictures and the page ---------------------------------------------------------------
 def percent(rate: dict) -> str:
     return f"{100 * rate['rate']:.1f} % ({100 * rate['low']:.1f}–{100 * rate['high']:.1f})"
 
 
-def print_table(title: str, heads: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
-    table = Table(*[Column(head, overflow="fold") for head in heads], title=title)
-    for row in rows:
-        table.add_row(*row)
-    console = Console(markup=False, emoji=False, highlight=False)  # a name is no markup
-    console.width = max(console.width, 80)  # below, digits would be broken
-    console.print(table)
-
-
-def print_run(run: Run) -> None:
-    """One run: a column a stage; then what changed, and the question that gained most."""
-    columns, rows = list(run.summaries.values()), []
-    for metric, label in METRICS.items():
-        if metric in columns[0]:
-            rows.append([label, *[percent(stage[metric]) for stage in columns]])
-    for k, rate in columns[0].get("pass_at_k", {}).items():
-        rows.append([f"pass@{k}", f"{100 * rate:.1f} %"])  # only what was measured alone has it
-    rows.append(["mean tokens", *[f"{stage['mean_tokens']:.0f}" for stage in columns]])
-    print_table(f"{columns[0]['n']} held-out questions, 95 % intervals", ["", *run.stages], rows)
-    for stages, change in figures(run)["changes"].items():
-        print(f"{stages}: {change['words']}")
-    answers = list(run.stages.values())
-    pairs = shared(answers[0], answers[-1])
-    if len(answers) > 1 and pairs:
-        old, new = max(pairs, key=lambda pair: pair[1]["strict"] - pair[0]["strict"])
-        print(f"\nquestion: {printable(old['question'])} (gold: {printable(old['gold'])})")
-        for name, row in (("before", old), ("after", new)):
-            mark = "right" if row["strict"] else "wrong"
-            print(f"--- {name} ({mark})\n{printable(row['completion'].strip())}")
-
-
-# ---- Pictures and the page -----------------------------------------------------------------------
-LENGTH, CLIPPED = "completions/mean_length", "completions/clipped_ratio"  # TRL's names
-TITLES = {"reward": "Reward", LENGTH: "Length of an answer, tokens",
-          CLIPPED: "Answers cut off at the limit, of 1"}
-
-
-def draw_run(run: Run, path: Path) -> None:
-    """progress.png: rewards, lengths and evaluations at a glance."""
-    panels, bars = {}, {}
-    if run.steps:
-        rewards = [name for name in run.steps[0] if re.fullmatch("rewards/.*/mean", name)]
-        for title, columns in (("Rewards", rewards), (TITLES[LENGTH], [LENGTH]),
-                               (TITLES[CLIPPED], [CLIPPED])):
-            panels[title] = [(short(column), run.steps, column) for column in columns]
-    for metric in ("strict", "flexible", "format"):
-        bars[METRICS[metric]] = {name: stage[metric] for name, stage in run.summaries.items()}
-    draw(path, panels, bars, "Held-out questions, with 95 % intervals")
-
-
-def draw_runs(runs: list[Run], path: Path) -> None:
-    """The curves and the bars of several runs, a colour each."""
-    panels, bars = {}, {}
-    if any(run.steps for run in runs):
-        for column, title in TITLES.items():
-            panels[title] = [(run.name, run.steps, column) for run in runs]
+def print_table(runs: list[Run], changes: dict) -> None:
+    """Of one run a column a stage, of several a row with less; then what changed."""
+    import pandas
+    columns = {}
     for run in runs:
-        bars[run.name] = {name: stage["strict"] for name, stage in run.summaries.items()}
-    draw(path, panels, bars, "Strictly right of the held-out questions, with 95 % intervals")
+        for stage, summary in run.figures["stages"].items():
+            cells = {label: percent(summary[metric]) for metric, label in METRICS.items()
+                     if metric in summary}
+            for k, rate in summary.get("pass_at_k", {}).items():
+                cells[f"pass@{k}"] = f"{100 * rate:.1f} %"
+            more = {"mean tokens": f"{summary['mean_tokens']:.0f}", "questions": summary["n"]}
+            columns[run.name, stage] = cells | more
+    whole = pandas.DataFrame(columns)
+    short = whole.filter(regex="strict|tokens|questions", axis=0).T
+    table = whole[runs[0].name] if len(runs) == 1 else short
+    print(f"held-out questions, 95 % intervals\n{table.to_string()}")
+    for stages, change in changes.items():
+        print(f"{stages}: {change['words']}")
 
 
-def short(column: str) -> str:
-    """rewards/correctness_reward_func/mean: correctness."""
-    return column.removeprefix("rewards/").removesuffix("/mean").removesuffix("_reward_func")
-
-
-def draw(path: Path, panels: dict, bars: dict[str, dict], title: str) -> None:
-    """Three or no {title: [(name, steps, column)]} as curves, and {name: {stage: rate}} as bars."""
+def draw(runs: list[Run], path: Path) -> None:
+    """Curves and bars; of one run a colour for each reward and metric, of several one a run."""
     import pandas
     from matplotlib import figure, style
-    plain = {"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "text.parse_math": False}
-    with style.context(["tableau-colorblind10", plain]):
-        size = 2 if panels else 1
+    panels = {title: [(run.name, run.steps, column) for run in runs]
+              for column, title in CURVES.items()}
+    steps = [row for run in runs for row in run.steps]
+    if len(runs) == 1 and steps:
+        panels["Reward"] = [(name[8:-5].removesuffix("_reward_func"), steps, name)
+                            for name in fnmatch.filter(steps[0], "rewards/*/mean")]
+    size = 2 if steps else 1
+    plain = "seaborn-v0_8-whitegrid", "tableau-colorblind10", {"text.parse_math": False}
+    with style.context(plain):
         picture = figure.Figure(figsize=(6.5 * size, 4.5 * size), layout="constrained")
-        grid = picture.subplots(size, size, squeeze=False).flat
-        for axes, (heading, curves) in zip(grid, panels.items()):
-            axes.set(title=heading, xlabel="GRPO step (thick: mean of five)")
-            for i, (name, steps, column) in enumerate(curves):
-                curve = pandas.Series({row["step"]: row.get(column) for row in steps}, dtype=float)
+        *above, below = picture.subplots(size, size, squeeze=False).flat
+        for axes, (title, curves) in zip(above, panels.items()):
+            axes.set(title=title, xlabel="GRPO step (thick: mean of five)")
+            for i, (name, rows, column) in enumerate(curves):
+                curve = pandas.Series({row["step"]: row.get(column) for row in rows}, dtype=float)
                 smooth = curve.rolling(5, center=True, min_periods=1).mean()
-                axes.plot(curve.index, curve, color=f"C{i}", alpha=0.3)
-                axes.plot(curve.index, smooth, color=f"C{i}", label=f" {name[-40:]}")
+                axes.plot(curve, color=f"C{i}", alpha=0.3)
+                axes.plot(smooth, color=f"C{i}", label=f" {name[-40:]}")
             axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-        draw_bars(grid[-1], bars)
-        grid[-1].set_title(title)
-        for axes in grid:
-            if len(axes.get_legend_handles_labels()[1]) < 2:
-                continue
+        draw_bars(below, runs)
+        for axes in picture.axes:
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
         picture.savefig(path, dpi=100)
     if "ipykernel" in sys.modules:
@@ -270,26 +181,28 @@ def draw(path: Path, panels: dict, bars: dict[str, dict], title: str) -> None:
         display(Image(filename=path))
 
 
-def draw_bars(axes, bars: dict[str, dict]) -> None:
-    """Bars with 95 % intervals, a group a stage."""
-    there = {stage for rates in bars.values() for stage in rates}
-    stages = [stage for stage in STAGES.values() if stage in there]
+def draw_bars(axes, runs: list[Run]) -> None:
+    """Shares of the held-out questions with 95 % intervals, a group a stage."""
+    import pandas
+    stages = [stage for stage in STAGES.values() if any(stage in run.stages for run in runs)]
+    bars, label = [(METRICS[name], runs[0], name) for name in ("strict", "flexible", "format")], "%"
+    if len(runs) > 1:
+        bars, label = [(run.name, run, "strict") for run in runs], "strictly right, %"
     width = 0.8 / len(bars)
-    for i, (name, rates) in enumerate(bars.items()):
-        axes.bar(0, 0, color=f"C{i}", label=f" {name[-40:]}")  # for the legend
-        for stage, rate in rates.items():
-            place = stages.index(stage) + (i - (len(bars) - 1) / 2) * width
-            low, middle, high = 100 * rate["low"], 100 * rate["rate"], 100 * rate["high"]
-            bar = axes.bar(place, middle, width, color=f"C{i}", capsize=3,
-                           yerr=[[middle - low], [high - middle]])
-            axes.bar_label(bar, fmt="%.0f")
+    for i, (name, run, metric) in enumerate(bars):
+        rates = {stage: rates[metric] for stage, rates in run.figures["stages"].items()}
+        low, rate, high = 100 * pandas.DataFrame(rates, ["low", "rate", "high"], dtype=float).values
+        places = [stages.index(stage) + (i - (len(bars) - 1) / 2) * width for stage in rates]
+        drawn = axes.bar(places, rate, width, yerr=[rate - low, high - rate], capsize=3,
+                         label=f" {name[-40:]}")
+        axes.bar_label(drawn, fmt="%.0f")
     axes.set_xticks(range(len(stages)), stages)
-    axes.set(ylim=(0, 108), ylabel="%")
+    axes.set(ylim=(0, 108), ylabel=label, title="Held-out questions, with 95 % intervals")
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>Completions during training</title>
-<style>body{font:14px sans-serif} th{font-size:11px} td,th{text-align:left;vertical-align:top;
-white-space:pre-wrap;padding:.4em;max-width:30em;border-bottom:1px solid #ccc}</style>
+<style>body{font:14px sans-serif} td,th{text-align:left;vertical-align:top;white-space:pre-wrap;
+padding:.4em;max-width:30em;border-bottom:1px solid #ccc}</style>
 """
 
 
@@ -317,59 +230,51 @@ def show(run_dir: Path) -> None:
 
 
 def show_run(run: Run) -> None:
-    """Print one run and write its files."""
-    if run.stages:
-        print_run(run)
-        text = json.dumps(figures(run), indent=2, ensure_ascii=False)
+    """Its table, the question that gained most, and its files."""
+    answers = list(run.stages.values())
+    if answers:
+        print_table([run], run.figures["changes"])
+        text = json.dumps(run.figures, indent=2, ensure_ascii=False)
         (run.directory / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-    if run.steps or len(run.stages) > 1:
-        draw_run(run, run.directory / "progress.png")
+    if len(answers) > 1:
+        pairs = shared(answers[0], answers[-1])
+        old, new = max(pairs, key=lambda pair: pair[1]["strict"] - pair[0]["strict"])
+        print(f"\nquestion: {printable(old['question'])} (gold: {printable(old['gold'])})")
+        for name, row in (("before", old), ("after", new)):
+            mark = "right" if row["strict"] else "wrong"
+            print(f"--- {name} ({mark})\n{printable(row['completion'].strip())}")
+    if run.steps or len(answers) > 1:
+        draw([run], run.directory / "progress.png")
     write_page(run.directory)
-
-
-def show_runs(runs: list[Run], wanted: Path) -> None:
-    """Several runs: a row for each stage of each, which of two is better, and a picture."""
-    rows = []
-    for run in runs:
-        for stage, summary in run.summaries.items():
-            rows.append([run.name, stage, percent(summary["strict"]), percent(summary["format"]),
-                         f"{summary['mean_tokens']:.0f}", str(summary["n"])])
-    heads = ["run", "stage", "strict accuracy", "strict format", "tokens", "n"]
-    print_table("held-out questions, 95 % intervals", heads, rows)
-    for evaluations, change in compare(runs).items():
-        print(f"{evaluations}: {change['words']} shared questions")
-    path, number = wanted, 2
-    while path.exists():  # nothing saved is overwritten
-        path, number = wanted.with_stem(f"{wanted.stem}-{number}"), number + 1
-    draw_runs(runs, path)
-    print(f"picture: {printable(path)}")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = stop
-
-    def path(text: str) -> Path:
-        return Path(text).expanduser()
-
-    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="a run's directory")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, no file")
-    parser.add_argument("--output", type=path, metavar="FILE.png", help="picture of several runs")
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory")
+    add("--json", action="store_true", help="one JSON object on stdout, no file")
+    add("--output", type=Path, metavar="FILE.png", help="picture of several runs")
     args = parser.parse_args(argv)
     if args.output and (args.json or len(args.runs) == 1):
         stop("--output is for the picture of several runs: leave it out")
     with suppress(AttributeError, ValueError):  # a notebook's takes all
         sys.stdout.reconfigure(errors="replace")  # what a terminal can't show
     try:
-        runs = [load(place) for place in args.runs]
+        runs = [Run(place.expanduser()) for place in args.runs]
+        last = {f"{run.name}, {stage}": run.stages[stage]
+                for run in runs for stage in list(run.stages)[-1:]}
         if args.json:
-            found = [{"name": run.name, "steps": len(run.steps)} | figures(run) for run in runs]
-            print(json.dumps({"runs": found, "comparisons": compare(runs)}, indent=2))
+            found = {"runs": [run.figures for run in runs], "comparisons": verdicts(last)}
+            print(json.dumps(found, indent=2))
         elif len(runs) == 1:
             show_run(runs[0])
         else:
-            show_runs(runs, args.output or args.runs[0].resolve().with_name("comparison.png"))
+            print_table(runs, verdicts(last))
+            picture = args.output or runs[0].directory.resolve().with_name("comparison.png")
+            draw(runs, picture.expanduser())
+            print(f"picture: {printable(picture)}")
     except BrokenPipeError:  # `| head` has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

@@ -30,39 +30,28 @@ def lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def make_run(place: Path, metrics=(), **stages) -> Path:
-    """A run's directory: before=rows is evaluation_before.jsonl, measured=rows evaluation.jsonl."""
+def make_run(place: Path, **files) -> Path:
+    """A run's directory: evaluation_before=rows is evaluation_before.jsonl."""
     place.mkdir(parents=True)
-    if metrics:
-        (place / "metrics.jsonl").write_text(lines(metrics))
-    for stage, rows in stages.items():
-        name = "evaluation.jsonl" if stage == "measured" else f"evaluation_{stage}.jsonl"
-        (place / name).write_text(lines(rows))
+    for name, rows in files.items():
+        (place / f"{name}.jsonl").write_text(lines(rows))
     return place
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("COLUMNS", "160")
+def run(tmp_path) -> Path:
     metrics = [*steps(4), {"step": 4, "eval_reward": 1.0}, {"step": 4, "train_runtime": 9.0}]
-    return make_run(tmp_path / "first", metrics, before=answers("0000000000"),
-                    warm_start=answers("0000000111"), after=answers("1111110111"))
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """For what is no test of the picture: drawing takes half a second."""
-    monkeypatch.setattr(report, "draw", lambda path, *_: path.write_text("picture"))
+    return make_run(tmp_path / "first", metrics=metrics, evaluation_before=answers("0" * 10),
+        evaluation_warm_start=answers("0" * 7 + "111"), evaluation_after=answers("1111110111"))
 
 
 def fails(capsys, function, argument) -> str:
     """The one line on stderr in which the call ends."""
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit, match="^2$"):
         function(argument)
-    said = capsys.readouterr()
-    assert ended.value.code == 2
-    assert said.err.startswith("error: ") and said.err.count("\n") == 1, said.err
-    return said.err
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1, line
+    return line
 
 
 def shown(capsys, *argv) -> str:
@@ -74,89 +63,70 @@ def files_of(place: Path) -> set[str]:
     return {path.name for path in place.iterdir()}
 
 
-# ---- Statistics ----------------------------------------------------------------------------------
 def test_statistics_match_published_values():
     for n in range(1, 200):
         assert report.wilson(0, n)[0] == 0 and report.wilson(n, n)[1] == 1
     assert [round(x, 3) for x in report.wilson(81, 263)] == [0.255, 0.366]  # Newcombe 1998
-    assert round(report.mcnemar([1] * 5 + [0] * 15, [0] * 5 + [1] * 15), 4) == 0.0414  # binomial
-    assert report.mcnemar([1, 0], [1, 0]) == 1.0
-    assert report.pass_at_k(10, 3, 1) == pytest.approx(0.3) and report.pass_at_k(10, 3, 8) == 1.0
+    change = report.verdict(answers("0" * 15 + "1" * 5), answers("1" * 15 + "0" * 5))
+    assert round(change["p"], 4) == 0.0414  # binomial
     change = report.verdict(answers("0" * 9 + "11"), answers("1" * 11))
     assert change["words"].startswith("strict accuracy rose by 81.8 points, McNemar p = 0.0039")
-    assert report.verdict(answers("10"), answers("01"))["words"].startswith("no significant")
-
-
-def test_a_summary_counts_each_metric_and_estimates_pass_at_k():
-    rows = [row | {"samples": ["a", "b", "c"], "right": right, "majority": int(right > 1)}
-            for row, right in zip(answers("0111"), (0, 1, 2, 3))]
-    summary = report.summarise(rows)
-    assert (summary["n"], summary["mean_tokens"]) == (4, 11.5)
-    assert [summary[metric]["count"] for metric in ("strict", "flexible", "majority")] == [3, 4, 2]
-    assert summary["pass_at_k"] == pytest.approx({1: 0.5, 2: (0 + 2 / 3 + 2) / 4, 3: 0.75})
-    assert "majority" not in report.summarise(answers("01"))
+    same = report.verdict(answers("10"), answers("01"))
+    assert same["words"].startswith("no significant") and same["p"] == 1.0
 
 
 def test_rows_are_paired_by_question_and_gold_in_whatever_order():
     first, second = answers("0110"), answers("1010")[::-1]
     second[0]["gold"] = "7"  # the same question, another gold: not the same
-    second.append(second[1] | {"strict": 0})  # asked twice
-    first += [first[2], first[2]]  # and the other way round: each answer counts once
-    pairs = [(ours["gold"], theirs["gold"], theirs["strict"])
-             for ours, theirs in report.shared(first, second)]
-    assert pairs == [("1", "1", 1), ("2", "2", 0), ("3", "3", 1), ("3", "3", 0)]
+    pairs = report.shared([*first, first[2]], second)  # each question once
+    assert [(old["gold"], new["strict"]) for old, new in pairs] == [("1", 1), ("2", 0), ("3", 1)]
 
 
-# ---- One run -------------------------------------------------------------------------------------
 def test_one_run_shows_stages_changes_and_the_greatest_gain_and_writes_its_files(run, capsys):
     (run / "progress.png").write_text("old")
-    assert report.show(run) is None
+    report.show(run)
     said = capsys.readouterr().out
-    (strict,) = [line for line in said.splitlines() if "strict accuracy  " in line]
-    assert re.findall(r"[\d.]+ % \([\d.]+–[\d.]+\)", strict) == [
-        "0.0 % (0.0–27.8)", "30.0 % (10.8–60.3)", "90.0 % (59.6–98.2)"]
-    assert "10 held-out questions, 95 % intervals" in said
-    assert "before → after warm start: no significant change of strict accuracy (+30.0" in said
-    assert "before → after GRPO: strict accuracy rose by 90.0 points, McNemar p = 0.0039" in said
-    assert "question: What is 0 + 1? (gold: 1)\n--- before (wrong)\nanswer 0\n--- after (right)\n" \
-        "answer 1\n" in said
+    assert re.search(r"strict accuracy +0.0 % \(0.0–27.8\) +30.0 % \(10.8–60.3\) +90.0 % \(5", said)
+    for line in ("held-out questions, 95 % intervals\n", "GRPO\nstrict accuracy ",
+                 "before → after warm start: no significant change of strict accuracy (+30.0",
+                 "before → after GRPO: strict accuracy rose by 90.0 points, McNemar p = 0.0039",
+                 "question: What is 0 + 1? (gold: 1)\n--- before (wrong)\nanswer 0\n--- after ("):
+        assert line in said
     found = json.loads((run / "evaluation.json").read_text())
     assert list(found["stages"]) == ["before", "after warm start", "after GRPO"]
     assert found["stages"]["after GRPO"]["strict"]["count"] == 9 and len(found["changes"]) == 3
-    assert (run / "progress.png").read_bytes()[:4] == b"\x89PNG"
-    assert len(files_of(run)) == 6
+    assert (run / "progress.png").read_bytes()[:4] == b"\x89PNG" and len(files_of(run)) == 6
 
 
 def test_what_was_measured_alone_shows_majority_vote_and_pass_at_k(tmp_path, capsys):
-    rows = [row | {"samples": ["a", "b"], "right": 1, "majority": 1} for row in answers("0011")]
-    said = shown(capsys, make_run(tmp_path / "m", measured=rows))
+    rows = [row | {"samples": ["a", "b", "c"], "right": n, "majority": int(n > 1)}
+            for n, row in enumerate(answers("0111"))]
+    said = shown(capsys, make_run(tmp_path / "m", evaluation=rows))
     assert files_of(tmp_path / "m") == {"evaluation.json", "evaluation.jsonl"}
     assert "measured alone" in said and "question:" not in said  # nothing to compare it with
-    assert re.search(r"majority vote +│ 100\.0 %", said) and re.search(r"pass@1 +│ 50\.0 %", said)
+    for label, text in {"majority vote": "50.0 %", "pass@1": "50.0 %", "pass@2": "66.7 %",
+                        "pass@3": "75.0 %", "strict accuracy": "75.0 %", "mean tokens": "12",
+                        "questions": "4"}.items():
+        assert re.search(f"{label} +{text}", said), label
 
 
-def test_completions_become_a_page_that_shows_text_as_text(run, undrawn):
+def test_completions_become_a_page_that_shows_text_as_text(run):
     (run / "completions").mkdir()
+    table = pandas.DataFrame({"step": [1] * 9, "prompt": "asked", "<i>": 0.5, "advantage": 1.0,
+                              "completion": f"{EVIL[:-1]}\\nu\nv", "answer": "1" * 99})
     for step in range(1, 17):
-        table = pandas.DataFrame({
-            "step": [step] * 9, "prompt": "asked", "completion": f"{EVIL[:-1]}\\nu\nv",
-            "<i>": 0.5, "advantage": 1.0, "answer": "1" * 99, "question": "q"})
         table.to_parquet(run / f"completions/c_{step:05d}.parquet")
     report.main([str(run)])
     page = (run / "completions.html").read_text()
-    assert re.findall("<th>(.*?)</th>", page) == [
-        "step", "completion", "&lt;i&gt;", "answer", "question"]
+    assert re.findall("<th>(.*?)</th>", page) == ["step", "&lt;i&gt;", "completion", "answer"]
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page and "1" * 99 in page
     assert "\\nu\nv</td>" in page  # a backslash is no newline, a newline is one
     assert page.count("<tr>") == 6 * 8 and "prompt" not in page
 
 
-# ---- Broken and damaged runs ---------------------------------------------------------------------
 @pytest.mark.parametrize("kept, made", [
     ({"metrics.jsonl"}, {"progress.png"}), ({"evaluation_before.jsonl"}, {"evaluation.json"}),
-    ({"evaluation_after.jsonl", "metrics.jsonl"}, {"evaluation.json", "progress.png"}),
-    ({"evaluation_before.jsonl", "evaluation_warm_start.jsonl"},
-     {"evaluation.json", "progress.png"})])
+    ({"evaluation_after.jsonl", "metrics.jsonl"}, {"evaluation.json", "progress.png"})])
 def test_a_run_that_broke_is_shown_as_far_as_it_came(run, kept, made):
     for name in files_of(run) - kept:
         (run / name).unlink()
@@ -169,7 +139,7 @@ def test_a_run_that_broke_is_shown_as_far_as_it_came(run, kept, made):
     ("evaluation_after.jsonl", "1\n{}\n"), ("evaluation_after.jsonl", '{"question": "q"}\n'),
     ("evaluation_after.jsonl", "\xff\n\n"), ("completions/c_1.parquet", "PAR1 torn"),
     ("evaluation.jsonl", lines(answers("01", samples=["a"], right=2)))])
-def test_a_damaged_file_is_named_in_one_line(run, capsys, undrawn, name, text):
+def test_a_damaged_file_is_named_in_one_line(run, capsys, name, text):
     (run / "completions").mkdir()
     (run / name).write_text(text, encoding="latin-1")
     assert f"{run / name} is damaged" in fails(capsys, report.show, run)
@@ -187,59 +157,45 @@ def test_a_wrong_command_is_one_line(run, capsys, monkeypatch, argv, wanted):
     assert files_of(run.parent) == {"first"}
 
 
-# ---- Several runs --------------------------------------------------------------------------------
 def test_several_runs_are_one_table_one_picture_and_mcnemar(run, capsys, monkeypatch):
     monkeypatch.chdir(run.parent)
-    make_run(Path("second"), steps(2), before=answers("1000000000"), after=answers("0000000001"))
-    make_run(Path("c"), measured=answers("11", first=60))
+    make_run(Path("second"), metrics=steps(2), evaluation_before=answers("1000000000"),
+             evaluation_after=answers("0000000001"))
+    make_run(Path("c"), evaluation=answers("11", first=60))
     said = shown(capsys, "first", "second", "c")
-    rows = [re.split(" *│ *", line)[1:-1] for line in said.splitlines() if line.startswith("│")]
-    assert [row[:2] for row in rows] == [
-        ["first", "before"], ["first", "after warm start"], ["first", "after GRPO"],
-        ["second", "before"], ["second", "after GRPO"], ["c", "measured alone"]]
-    assert rows[2][2:] == ["90.0 % (59.6–98.2)", "90.0 % (59.6–98.2)", "14", "10"]
+    rows = [re.split("  +", line.strip()) for line in said.splitlines()[2:8]]
+    assert rows[2] == ["after GRPO", "90.0 % (59.6–98.2)", "90.0 % (59.6–98.2)", "14", "10"]
+    assert [" ".join(row[:-4]) for row in rows] == ["first before", "after warm start",
+        "after GRPO", "second before", "after GRPO", "c measured alone"]
     assert ("first, after GRPO → second, after GRPO: strict accuracy fell by 80.0 points, "
-            "McNemar p = 0.0078, n = 10 shared questions") in said
-    assert "first, after GRPO → c, measured alone: nothing to compare, n = 0 shared" in said
+            "McNemar p = 0.0078, n = 10") in said
+    assert "first, after GRPO → c, measured alone: nothing to compare, n = 0" in said
     assert said.splitlines()[-1] == f"picture: {run.parent / 'comparison.png'}"
     assert Path("comparison.png").read_bytes()[:4] == b"\x89PNG"
     assert "progress.png" not in files_of(run)
-
-
-def test_nothing_saved_is_overwritten(run, capsys, undrawn):
-    other = make_run(run.parent / "b", after=answers("11111"))
-    for name in ("comparison.png", "comparison-2.png", "mine.png"):
-        (run.parent / name).write_text("kept")
-    assert shown(capsys, run, other).endswith(f"picture: {run.parent / 'comparison-3.png'}\n")
-    mine = run.parent / "mine.png"
-    said = shown(capsys, run, other, "--output", mine)
-    assert said.endswith(f"picture: {mine.with_name('mine-2.png')}\n")
-    assert (run.parent / "comparison.png").read_text() == mine.read_text() == "kept"
+    assert "mine.png" in shown(capsys, "first", "c", "--output", "mine.png")
 
 
 def test_json_is_one_object_and_writes_nothing(run, capsys):
-    other = make_run(run.parent / "b", measured=answers("11111"))
+    other = make_run(run.parent / "b", evaluation=answers("11111"))
     found = json.loads(shown(capsys, run, other, "--json"))
-    first, second = found["runs"]
-    assert [first["name"], first["steps"], second["steps"]] == [str(run), 4, 0]
-    assert first["stages"]["after GRPO"]["strict"]["rate"] == 0.9
-    assert first["changes"]["before → after GRPO"]["change"] == 0.9
-    (comparison,) = found["comparisons"].values()
-    assert comparison["n"] == 5 and comparison["p"] == 1.0
+    assert [one["name"] for one in found["runs"]] == [str(run), str(other)]
+    assert found["runs"][0]["changes"]["before → after GRPO"]["change"] == 0.9
+    assert [(change["n"], change["p"]) for change in found["comparisons"].values()] == [(5, 1.0)]
     assert files_of(other) == {"evaluation.jsonl"} and "progress.png" not in files_of(run)
 
 
-# ---- The screen, the picture, the start ----------------------------------------------------------
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_no_text_steers_the_terminal_or_the_picture(tmp_path, capsys):
     rows = [row | {"question": EVIL, "gold": EVIL, "completion": EVIL} for row in answers("01")]
     metrics = [row | {"rewards/$\\frac{$/mean": 0.5} for row in steps(2)]
-    run = make_run(tmp_path / EVIL[:-1].replace("/", ""), metrics, before=rows, after=rows)
-    other = make_run(tmp_path / "_other", metrics, measured=rows)
+    run = make_run(tmp_path / EVIL[:-1].replace("/", ""), metrics=metrics, evaluation_before=rows,
+                   evaluation_after=rows)
+    other = make_run(tmp_path / "_other", metrics=metrics, evaluation=rows)
     said = shown(capsys, run) + shown(capsys, run, other)
     assert not {c for c in said if not c.isprintable()} - set("\n\t")
     assert "[bold]" in said and "owned" in said  # shown, as text
-    assert (run / "progress.png").is_file() and (tmp_path / "comparison.png").is_file()
+    assert (tmp_path / "comparison.png").is_file()
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["first", "--json"]])
