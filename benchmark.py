@@ -208,7 +208,7 @@ def speeds(way: str, args, asked: list[str], questions: list[str]) -> dict:
         pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
     else:
         generate = infer.load_engine(options, base, tokenizer, dtype,
-                                     max(lengths) + args.max_tokens, many=True)
+                                     max(lengths) + args.max_tokens)
 
     def speed(n: int) -> float:
         begun = time.perf_counter()

@@ -1,11 +1,9 @@
 """Ask a trained model: its reasoning, then its answer.
 
     python infer.py "Anna has 3 boxes with 4 pens each. How many pens does she have?"
-    python infer.py --samples 8 "..."                       # majority vote of 8 samples
-    python infer.py --file questions.txt --jsonl answers.jsonl [--resume]
-    cat questions.txt | python infer.py --json
-    python infer.py --chat
-    python infer.py --evaluate                              # on what its run held out
+    python infer.py --samples 8 "..."                             # majority vote of 8 samples
+    python infer.py --file questions.txt --jsonl answers.jsonl    # or from standard input
+    python infer.py --evaluate                                    # on what its run held out
     python infer.py --evaluate --dataset test.jsonl --samples 4   # majority vote, pass@4
 
 Takes the newest adapter under outputs/ unless told otherwise, and prompts it as it was trained;
@@ -19,7 +17,7 @@ import json
 import os
 import re
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,82 +43,65 @@ def build_parser() -> argparse.ArgumentParser:
     add, path = parser.add_argument, lambda text: Path(file_path(text))
     add("question", nargs="?", help="left out: questions from --file or standard input")
     add("--file", type=path, help=".txt (one a line), .jsonl .json .csv .tsv (column question)")
-    add("--adapter", type=file_path, metavar="DIR",
-        help="or OWNER/NAME; default: the newest under outputs/")
-    add("--model", type=file_path,
-        help="without --adapter: a base or fully trained model; with it: its base")
+    add("--adapter", type=file_path, metavar="DIR", help="or OWNER/NAME; default: the newest")
+    add("--model", type=file_path, help="to ask without an adapter, or the base of --adapter")
     add("--engine", choices=("auto", "unsloth", "vllm", "transformers"), default="auto")
     add("--chat-template", choices=("own", "plain"), help="plain: for a model that has none")
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="default: as trained")
     add("--max-tokens", type=number(int, 1), help="default: as in training")
-    add("--temperature", type=number(float, 0, below=100),
-        help="default: 0 = greedy; 0.8 with --samples")
+    add("--temperature", type=number(float, 0, below=100), help="default: 0, with --samples 0.8")
     add("--top-p", type=number(float, 0, inclusive=False), default=1.0)
     add("--seed", type=number(int, 0, below=2**32), default=0)
-    add("--samples", type=number(int, 1, below=10_000), default=1, metavar="K",
-        help="K draws, majority vote")
+    add("--samples", type=number(int, 1, below=10_000), default=1, metavar="K", help="K draws vote")
     add("--compare", action="store_true", help="also without the adapter")
     add("--chat", action="store_true", help="ask one after the other: /samples N /reset /quit")
     add("--json", action="store_true", help="one JSON object a question")
     add("--jsonl", type=path, metavar="FILE", help="the same into a file, as they come")
-    add("--resume", action="store_true",
-        help="go on with what --jsonl FILE, or --evaluate's --output-dir, already holds")
+    add("--resume", action="store_true", help="go on with what --jsonl or --output-dir holds")
     add = parser.add_argument_group("--evaluate: grade answers, for report.py").add_argument
     add("--evaluate", action="store_true", help="the questions that the adapter's run held out, "
         "with --samples K also majority vote and pass@K; the table, and a row a question")
-    add("--dataset", type=file_path, help="other questions: a file, a folder or a Hub id; of one "
-        "that has a test split, that")
+    add("--dataset", type=file_path, help="other questions: file, folder or Hub id (test split)")
     add("--question-column", nargs="+", help="of --dataset; default: question")
     add("--answer-column", help="of --dataset: the gold; default: answer")
     add("--eval-questions", type=number(int, 1), metavar="N", help="only the first N")
-    add("--output-dir", type=path, metavar="DIR",
-        help="default: outputs/evaluations/NAME; a taken one gets a number")
+    add("--output-dir", type=path, metavar="DIR", help="default: a new one in outputs/evaluations/")
     return parser
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """The options; stops at what can't work, before anything heavy is imported."""
-    if argv is None:
-        argv = [] if in_a_cell(globals().get("__file__")) else sys.argv[1:]
     args = build_parser().parse_args(argv)
-    if args.resume and not (args.jsonl or args.output_dir):
-        stop("--resume goes with --jsonl FILE, or with --evaluate --output-dir DIR")
-    asks = ("question", "file", "jsonl", "json", "compare", "chat")
-    about = ("dataset", "question_column", "answer_column", "eval_questions", "output_dir")
-    for name in asks if args.evaluate else about:
-        if getattr(args, name):
-            flag = f"--{name.replace('_', '-')}"
-            stop(f"--evaluate takes no {name}: leave it out" if args.evaluate else
-                 f"{flag} goes with --evaluate")
-    if args.jsonl:
-        try:
-            if args.jsonl.is_file() and not args.resume:
-                stop(f"{args.jsonl} exists: --resume goes on with it, or name another file")
-            there = args.jsonl.exists()
-            args.jsonl.open("ab").close()
-        except OSError as problem:
-            stop(f"{args.jsonl} can't be written ({problem.strerror}); name another file")
-        if not there:  # what may still be refused leaves no file
-            args.jsonl.unlink()
-    if args.json and args.jsonl:
-        stop("--json and --jsonl: leave one out")
-    if args.top_p > 1:
-        stop(f"--top-p {args.top_p} is not at most 1")
-    if args.top_p < 1 and args.samples == 1 and not args.temperature:
-        stop("--top-p changes nothing of a greedy answer: give --temperature or --samples, too")
-    if args.temperature and args.temperature < 0.01:
-        stop(f"--temperature {args.temperature} is 0, greedy, or at least 0.01")
-    if args.samples > 1 and args.temperature == 0:
-        stop("--samples of --temperature 0 would all be the same; leave out --temperature")
-    if args.chat and args.engine in ("vllm", "unsloth"):
-        stop("--chat streams through transformers; leave out --engine")
-    if args.compare and args.model and not args.adapter:
-        stop("--compare needs an adapter; --model alone has none")
-    beside = [name for name in ("question", "file", "json", "jsonl", "compare")
-              if args.chat and getattr(args, name)]
-    if beside or args.question is not None and args.file:
-        stop(f"--chat takes no {beside[0]}; leave it out" if beside else
-             "a question and --file: leave one out")
+    for one, others in {"evaluate": ("question", "file", "jsonl", "json", "compare", "chat"),
+                        "chat": ("question", "file", "json", "jsonl", "compare")}.items():
+        for other in others:
+            if getattr(args, one) and getattr(args, other):
+                stop(f"--{one} takes no {other}: leave it out")
+    for name in ("dataset", "question_column", "answer_column", "eval_questions", "output_dir"):
+        if getattr(args, name) and not args.evaluate:
+            stop(f"--{name.replace('_', '-')} goes with --evaluate")
+    greedy = not args.temperature and args.samples == 1
+    for wrong, message in (
+        (args.resume and not (args.jsonl or args.output_dir),
+         "--resume goes with --jsonl FILE, or with --evaluate --output-dir DIR"),
+        (args.question is not None and args.file, "a question and --file: leave one out"),
+        (args.json and args.jsonl, "--json and --jsonl: leave one out"),
+        (args.top_p > 1, f"--top-p {args.top_p} is not at most 1"),
+        (args.top_p < 1 and greedy,
+         "--top-p changes nothing of a greedy answer: give --temperature or --samples, too"),
+        (args.temperature and args.temperature < 0.01,
+         f"--temperature {args.temperature} is 0, greedy, or at least 0.01"),
+        (args.samples > 1 and args.temperature == 0,
+         "--samples of --temperature 0 would all be the same; leave out --temperature"),
+        (args.chat and args.engine in ("vllm", "unsloth"),
+         "--chat streams through transformers; leave out --engine"),
+        (args.compare and args.model and not args.adapter,
+         "--compare needs an adapter; --model alone has none"),
+        (args.jsonl and args.jsonl.is_file() and args.jsonl.stat().st_size and not args.resume,
+         f"{args.jsonl} exists: --resume goes on with it, or name another file"),
+    ):
+        if wrong:
+            stop(message)
     args.typed_temperature = args.temperature
     if args.temperature is None:
         args.temperature = 0.8 if args.samples > 1 else 0.0
@@ -130,14 +111,13 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 
 
 def newest_adapter() -> Path:
-    found = [path.parent for kind in ("outputs/*", "trl_grpo_outputs*")  # a recipe's own
-             for path in Path().glob(f"{kind}/*/adapter_config.json")
-             if not path.parent.name.startswith(("checkpoint-", "."))]
+    found = [file.parent for run in ("outputs/*", "trl_grpo_outputs*")  # a recipe's own
+             for file in Path().glob(f"{run}/[!.]*/adapter_config.json")]
+    found = [path for path in found if not path.name.startswith("checkpoint-")]
     whole = [path for path in found if path.name != "warm_start_lora"]  # that of a broken run
-    models = sorted(Path().glob("outputs/*/final_model"))  # of --full-finetune
     return max(whole or found, key=lambda path: path.stat().st_mtime, default=None) or stop(
         "no adapter under outputs/ yet: train one with `python reasoning_model_grpo.py`, or name "
-        f"one with --adapter DIR or --model {models[-1] if models else 'NAME'}")
+        "one with --adapter DIR, or a model, as outputs/RUN/final_model, with --model")
 
 
 def training_script(what: str = ""):
@@ -149,24 +129,21 @@ def training_script(what: str = ""):
 
 def read_questions(args) -> list[str]:
     if args.question is not None:
-        text = args.question.encode("utf-8", "replace").decode()  # what was typed may not be UTF-8
-        return [text.strip() or stop("the question is empty")]
-    if args.file is None and (
-            "ipykernel" in sys.modules or sys.stdin is None or sys.stdin.isatty()):
-        stop('no question: python infer.py "How many ...?", or --file, or standard input')
-    if args.file is None:
-        read_input_as_utf8()
-        questions = [line.strip() for line in sys.stdin if line.strip()]
-    else:
+        questions = [args.question.encode("utf-8", "replace").decode().strip()]
+    elif args.file:
         script = training_script("--file")
-        if args.file.is_dir():
-            script.quiet_libraries()  # datasets reads it
+        script.quiet_libraries()
         rows, _ = script.read_data(args.file)
         questions = [script.text_of(row.get("question")) for row in rows]
-    if "" in questions:
-        i = questions.index("")
-        stop(f"{args.file}, row {i + 1}: no question in {str(rows[i])[:80]}")
-    return questions or stop("the question is empty")
+        for n, (question, row) in enumerate(zip(questions, rows), 1):
+            if not question:
+                stop(f"{args.file}, row {n}: no question in {str(row)[:80]}")
+    elif "ipykernel" in sys.modules or sys.stdin is None or sys.stdin.isatty():
+        stop('no question: python infer.py "How many ...?", or --file, or standard input')
+    else:
+        read_input_as_utf8()
+        questions = [line.strip() for line in sys.stdin if line.strip()]
+    return questions if any(questions) else stop("the question is empty")
 
 
 def read_input_as_utf8() -> None:
@@ -175,59 +152,65 @@ def read_input_as_utf8() -> None:
 
 
 def who(args) -> str:
-    """What answers: the adapter, and its base where that was named."""
-    return " on ".join(existing_path(name) for name in (args.adapter, args.model) if name)
+    """What answers: the adapter, its base where that was named, and with --compare no adapter."""
+    asked = " on ".join(existing_path(name) for name in (args.adapter, args.model) if name)
+    return asked + ", and without it" * args.compare
 
 
-def answered(args, questions: list[str]) -> int:
-    """How many questions FILE of --jsonl answers already; a line cut short by a break is redone."""
-    if not args.resume or not args.jsonl.is_file():
-        return 0
-    *whole, rest = args.jsonl.read_text(encoding="utf-8", errors="replace").split("\n")
-    by = who(args)
-    asked = [(question, by, args.samples, args.compare) for question in questions]
-    following = "".join(json.dumps({"question": q}, ensure_ascii=False)[:-1]
-                        for q in questions[len(whole) :][:1])
+def row_of(question: str, **more) -> str:
+    return json.dumps({"question": question} | more, ensure_ascii=False)
+
+
+@contextmanager
+def writing(file: Path):
     try:
-        rows = [json.loads(line) for line in whole]
-        same = asked[: len(rows)] == [
-            (row["question"], row.get("by", by), row.get("samples", 1), "without_adapter" in row)
-            for row in rows if "completion" in row]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # no lines of ours
-        same = False
-    rest = rest.rstrip("\ufffd")  # half a character
-    begun = following.startswith(rest) or following and rest.startswith(following)
-    if not (same and begun):
-        stop(f"{args.jsonl} answers other questions, by another adapter than {by}, or otherwise; "
+        yield
+    except OSError as problem:
+        stop(f"{file} can't be written ({problem.strerror}); name another file")
+
+
+def open_answers(args, questions: list[str]):
+    """(FILE of --jsonl, how many questions it answers); a line cut short by a break is redone."""
+    *lines, rest = [""]
+    if args.jsonl.is_file():
+        data = args.jsonl.read_bytes()
+        *lines, rest = data.decode("utf-8", "replace").rstrip("\ufffd").split("\n")
+    begun = [row_of(q, by=who(args), samples=args.samples)[:-1] + "," for q in questions]
+    ours = len(lines) <= len(questions) and all(map(str.startswith, lines, begun))
+    following = "".join(row_of(q)[:-1] for q in questions[len(lines) :][:1])
+    if not ours or not (following.startswith(rest) or following and rest.startswith(following)):
+        stop(f"{args.jsonl} answers other questions, by another than {who(args)}, or otherwise; "
              "name another file, or what it was made with")
-    print(f"{len(whole)} of {len(questions)} are answered already", file=sys.stderr)
-    return len(whole)
+    with writing(args.jsonl):
+        if rest:
+            os.truncate(args.jsonl, data.rfind(b"\n") + 1)
+        return args.jsonl.open("a", encoding="utf-8"), len(lines)
 
 
 # ---- Engines: each gives generate(texts, adapter=True, streamer=None, seed=None) -> [Completion] -
-def choose_engine(wanted: str, gpu: bool, packages: set[str], many: bool, lora: bool = True):
+def choose_engine(wanted: str, gpu: bool, packages: set[str], lora: bool = True):
     """(engine, why), from what training would choose here; what was named is never swapped."""
     if wanted in INSTALL and not {"vllm", wanted} <= packages:
         stop(f"--engine {wanted} is not installed: {INSTALL[wanted]}")
-    if wanted == "transformers":
+    if wanted in ("transformers", "vllm"):
         return wanted, "as asked"
-    if not gpu and wanted != "unsloth":
-        if "vllm" in packages and (many or wanted == "vllm"):
-            return "vllm", "as asked" if wanted == "vllm" else "many questions, no GPU"
-        return "transformers", "one question, no GPU: it starts sooner" if "vllm" in packages else (
-            "no GPU")
-    backend = {"unsloth": "unsloth", "vllm": "transformers"}.get(wanted, "auto")
-    backend, mode, why = choose_backend(backend, "auto", gpu, packages, lora=lora)
+    if wanted == "auto" and not gpu:
+        return "transformers", "no GPU: faster than vLLM there"
+    backend, mode, why = choose_backend(wanted, "auto", gpu, packages, lora=lora)
     if mode == "off":
         return "transformers", "vLLM is not installed"
     return ("unsloth" if backend == "unsloth" else "vllm"), why
+
+
+def four_bits(base) -> bool:
+    return base.run.get("options", {}).get("load_in_4bit", False)
 
 
 def with_transformers(args, base, tokenizer, dtype: str, room: int):
     """Everywhere, and the first to answer; on a CPU with the adapter merged."""
     script = training_script("--engine transformers")
     how = SimpleNamespace(dtype=dtype, attn_implementation="auto", full_finetune=False,
-                          load_in_4bit=base.run.get("options", {}).get("load_in_4bit", False))
+                          load_in_4bit=four_bits(base))
     model = script.load_saved(how, base, base.adapter)
     bare = script.load_saved(how, base, None) if args.compare else None
 
@@ -254,7 +237,7 @@ def with_vllm(args, base, tokenizer, dtype: str, room: int):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
     else:
-        if base.run.get("options", {}).get("load_in_4bit"):
+        if four_bits(base):
             options["quantization"] = "bitsandbytes"
         if torch.cuda.get_device_capability()[0] < 8:  # FlashInfer wants newer ones
             options["attention_backend"] = "TRITON_ATTN"
@@ -274,12 +257,11 @@ def with_unsloth(args, base, tokenizer, dtype: str, room: int):
     from unsloth import FastLanguageModel
 
     hide_loading_bars()
-    four_bit = base.run.get("options", {}).get("load_in_4bit", False)
     # With the adapter, not the base alone: only then the model has load_lora.
     with adapter_naming(base.path, base.adapter) as path:
         model, _ = FastLanguageModel.from_pretrained(
             model_name=path, fast_inference=True, dtype=getattr(torch, dtype),
-            load_in_4bit=four_bit, load_in_16bit=not four_bit, max_seq_length=room,
+            load_in_4bit=four_bits(base), load_in_16bit=not four_bits(base), max_seq_length=room,
             max_lora_rank=max_lora_rank(path))
     return engine_of(args, tokenizer, model.fast_generate, lambda: model.load_lora(
         str(base.adapter)) if base.adapter else None)
@@ -299,37 +281,28 @@ def beyond_vllm(adapter: Path | None) -> str | None:
     of matrices in the layers."""
     if adapter is None:
         return None
+    from peft import load_peft_weights
+
     try:
         record = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        names = tensor_names(adapter)
+        names = load_peft_weights(str(adapter), device="cpu")
     except Exception as problem:  # transformers says what is wrong with it
         return f"files that can't be read: {problem}"
-    for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "use_qalora",
-                 "trainable_token_indices", "layer_replication", "alora_invocation_tokens",
-                 "arrow_config"):
-        if record.get(name):
-            return name
-    if record.get("init_lora_weights", True) not in (True, False, None, "gaussian"):
-        return f"init_lora_weights {record['init_lora_weights']}"
-    plain = re.compile(r".*\.\d+\..*\.lora_[AB]\.weight")
-    return next((name for name in names if not plain.fullmatch(name)), None)
-
-
-def tensor_names(adapter: Path) -> list[str]:
-    import torch
-    from safetensors import safe_open
-
-    file = adapter / "adapter_model.safetensors"
-    if not file.is_file():
-        return list(torch.load(file.with_suffix(".bin"), "cpu", weights_only=True))
-    with safe_open(file, "pt") as tensors:
-        return list(tensors.keys())
+    fields = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "use_qalora",
+              "trainable_token_indices", "layer_replication", "alora_invocation_tokens",
+              "arrow_config")
+    odd = [name for name in fields if record.get(name)]
+    beginning = record.get("init_lora_weights", True)
+    if beginning not in (True, False, None, "gaussian"):
+        odd.append(f"init_lora_weights {beginning}")
+    odd += [name for name in names if not re.fullmatch(r".*\.\d+\..*\.lora_[AB]\.weight", name)]
+    return odd[0] if odd else None
 
 
 ENGINES = {"transformers": with_transformers, "vllm": with_vllm, "unsloth": with_unsloth}
 
 
-def load_engine(args, base, tokenizer, dtype: str, room: int, many: bool):
+def load_engine(args, base, tokenizer, dtype: str, room: int):
     """The engine's generate, and one line on stderr that says which and why."""
     import torch
 
@@ -337,7 +310,7 @@ def load_engine(args, base, tokenizer, dtype: str, room: int, many: bool):
     gpu = torch.cuda.is_available()
     packages = {name for name in INSTALL if importlib.util.find_spec(name)}
     wanted = "transformers" if args.chat else args.engine
-    name, why = choose_engine(wanted, gpu, packages, many, base.adapter is not None)
+    name, why = choose_engine(wanted, gpu, packages, base.adapter is not None)
     odd = beyond_vllm(base.adapter) if name != "transformers" else None
     if odd and args.engine != "auto":
         stop(f"--engine {name} can't answer from this adapter ({odd}): take transformers")
@@ -422,12 +395,12 @@ def ask(generate, texts: list[str], samples: int, fmt: str, **how) -> list[dict]
     return rows
 
 
-def show(row: dict, many: bool) -> None:
+def show(question: str, row: dict, many: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
     if many:
-        print(f"\n> {printable(row['question'])}")
+        print(f"\n> {printable(question)}")
     if "without_adapter" not in row:
         return print(f"{printable(row['reasoning'])}\n{answer_line(row)}", flush=True)
     sides, table = (row, row["without_adapter"]), Table("with the adapter", "without it")
@@ -442,38 +415,26 @@ def answer_line(row: dict) -> str:
     return f"answer: {answer}{votes}" + " (cut off: raise --max-tokens)" * row["truncated"]
 
 
-def answer_all(args, questions, texts, generate, fmt: str) -> None:
+def answer_all(args, questions, texts, generate, fmt: str, file) -> None:
     """Answer in chunks; shown and written as they come, so that a broken run keeps what it had."""
-    from rich.console import Console
-    from rich.progress import track
+    from tqdm import tqdm
 
-    many, file, by = len(questions) > 1, None, who(args)
-    if args.jsonl:
-        if args.jsonl.is_file():  # of a broken run: but for the line that it was cut short in
-            kept = args.jsonl.read_bytes()
-            os.truncate(args.jsonl, kept.rfind(b"\n") + 1)
-        file = args.jsonl.open("a", encoding="utf-8")
-    chunks = track(range(0, len(texts), CHUNK), "answering", console=Console(stderr=True),
-                   disable=not (many and (args.jsonl or args.json)), transient=True)
-    for start in chunks:
+    many, by = len(questions) > 1, who(args)
+    for start in tqdm(range(0, len(texts), CHUNK), "answering", leave=False,
+                      disable=not (many and (args.jsonl or args.json))):
         part = slice(start, start + CHUNK)
         rows = ask(generate, texts[part], args.samples, fmt)
         if args.compare:
             plain = ask(generate, texts[part], args.samples, fmt, adapter=False)
             rows = [row | {"without_adapter": other} for row, other in zip(rows, plain)]
         for question, row in zip(questions[part], rows):
-            row = {"question": question, "by": by} | row
-            if file:
-                try:
-                    print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
-                except OSError as problem:
-                    stop(f"{args.jsonl} can't be written ({problem.strerror}); what it holds stays")
-            elif args.json:
-                print(json.dumps(row, ensure_ascii=False), flush=True)
-            else:
-                show(row, many)
-    if file:
-        file.close()
+            if not (file or args.json):
+                show(question, row, many)
+                continue
+            line = row_of(question, **{"by": by, "samples": args.samples} | row)
+            with writing(args.jsonl) if file else nullcontext():
+                print(line, file=file, flush=True)
+    if args.jsonl:
         print(f"in {args.jsonl}", file=sys.stderr)
 
 
@@ -524,8 +485,7 @@ def chat(args, generate, tokenizer, run: dict, fmt: str, limit: int | None) -> N
 # ---- Evaluating ----------------------------------------------------------------------------------
 def evaluate(args) -> None:
     """Grade answers to held-out questions, in chunks that a break does not lose, for report.py."""
-    from rich.console import Console
-    from rich.progress import track
+    from tqdm import tqdm
 
     script = training_script("--evaluate")
     base, tokenizer, dtype = open_saved(args)
@@ -543,11 +503,10 @@ def evaluate(args) -> None:
               "samples": args.samples, "temperature": args.temperature, "top_p": args.top_p,
               "seed": args.seed, "max_completion_length": args.room, "questions": len(rows)}
     place, done = start_evaluation(script, args, base, record)
-    generate = load_engine(args, base, tokenizer, dtype, rows[0]["tokens"] + args.room, many=True)
+    generate = load_engine(args, base, tokenizer, dtype, rows[0]["tokens"] + args.room)
     script.write_whole(place / "args.json", record | {"engine": args.answered_by})
     chunk = max(1, script.EVALUATION_BATCH // args.samples)
-    starts = range(len(done), len(rows), chunk)
-    for start in track(starts, "evaluating", console=Console(stderr=True)):
+    for start in tqdm(range(len(done), len(rows), chunk), "evaluating"):
         part = rows[start : start + chunk]
         texts = [row["text"] for row in part for _ in range(args.samples)]
         completions = iter(generate(texts, seed=args.seed + start * args.samples))
@@ -586,8 +545,7 @@ def start_evaluation(script, args, base, record: dict) -> tuple[Path, list[dict]
         place = script.free_directory(place)
     elif (place / "args.json").is_file():
         before = script.read_record(place / "args.json")
-        before.pop("engine", None)
-        if before != record:
+        if before | record != before:
             stop(f"{place} was asked otherwise: name another --output-dir, or leave out --resume")
     with script.one_line(f"--output-dir {place} can't be written"):
         place.mkdir(parents=True, exist_ok=True)
@@ -602,7 +560,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.evaluate:
         return evaluate(args)
     questions = [] if args.chat else read_questions(args)
-    done = answered(args, questions)
+    file, done = open_answers(args, questions) if args.jsonl else (None, 0)
+    if args.resume:
+        print(f"{done} of {len(questions)} are answered already", file=sys.stderr)
     if questions and done == len(questions):
         return
     base, tokenizer, dtype = open_saved(args)
@@ -627,11 +587,10 @@ def main(argv: list[str] | None = None) -> None:
             stop(f"too long: {length} tokens and --max-tokens {args.room} exceed the model's "
                  f"{limit}: {question[:60]}...")
     fmt = run.get("format", "xml")
-    generate = load_engine(args, base, tokenizer, dtype, max(lengths, default=0) + args.room,
-                           many=len(questions) * args.samples > 1)
+    generate = load_engine(args, base, tokenizer, dtype, max(lengths, default=0) + args.room)
     if args.chat:
         return chat(args, generate, tokenizer, run, fmt, limit)
-    answer_all(args, questions, texts, generate, fmt)
+    answer_all(args, questions, texts, generate, fmt, file)
 
 
 if __name__ == "__main__":
