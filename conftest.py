@@ -1,7 +1,9 @@
 """What the test files share: a tiny model, places to run in, one whole run, other environments."""
 
+import importlib.metadata
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -9,11 +11,15 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hub library reads it: no test asks the Hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the quickest for a model this small
+
+import infer
+import reasoning_model_grpo as script
 
 HERE = Path(__file__).resolve().parent
 CHATML = (
@@ -42,13 +48,6 @@ def columns(prompts, completions, question, answer, level, **kwargs):
 def worse(completions, trainer_state=None, **kwargs):
     step = trainer_state.global_step if trainer_state else 0
     return [value - step for value in vowels(completions)]
-
-def peak(completions, trainer_state=None, **kwargs):
-    step = trainer_state.global_step if trainer_state else 0
-    return [value - 9 * abs(step - 1) for value in vowels(completions)]
-
-short = lambda completions, **kwargs: [0.0]
-nan = lambda completions, **kwargs: [float("nan") for _ in completions]
 '''
 RUN, SAVED = Path("outputs/smollm2-135m"), Path("outputs/smollm2-135m/grpo_saved_lora")
 RUN_OPTIONS = ["--warm-start", "1", "--few-shot", "1", "--eval-steps", "1", "--save-steps", "1",
@@ -157,6 +156,116 @@ def same_weights(one, other) -> bool:
 
     one, other = weights(one), weights(other)
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def strong(saved, target: Path, change=lambda name, weight: (name, weight)) -> Path:
+    """A copy of a saved adapter whose weights change every answer; its record is all it keeps."""
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(1)
+    tensors = dict(change(name, torch.randn_like(w) / 4 if "lora_B" in name else w)
+                   for name, w in weights(saved).items())
+    target.mkdir()
+    shutil.copy(Path(saved) / "adapter_config.json", target)
+    save_file(tensors, target / "adapter_model.safetensors", {"format": "pt"})
+    return target
+
+
+# ---- Questions, answers and cells ----------------------------------------------------------------
+def load(*argv):
+    """(questions to train on, held out) as a run would take them."""
+    *_, train, test = script.load_questions(script.parse_options(list(argv)))
+    return train, test
+
+
+def turn(text, role="user"):
+    return {"role": role, "content": text}
+
+
+def xml(answer) -> str:
+    return f"<reasoning>\nas {answer}\n</reasoning>\n<answer>\n{answer}\n</answer>"
+
+
+@pytest.fixture
+def scripted(monkeypatch, tiny_model):
+    """infer.main with an engine that gives the texts it is told to, in turn; what it was asked."""
+    def ask(answers, *argv):
+        answers, engine = iter(answers), SimpleNamespace(texts=[], asked=[])
+
+        def generate(texts, **_):
+            engine.texts += texts
+            engine.asked += [re.findall(r"user\n(.*?)<\|im_end", text)[-1] for text in texts]
+            return [script.Completion(next(answers), 5, False) for _ in texts]
+
+        def start(*_):
+            print("a banner")
+            os.fstat(sys.stdout.fileno())  # as vLLM asks, in a notebook, too
+            return generate
+
+        monkeypatch.setitem(infer.ENGINES, "transformers", start)
+        which = [] if "--adapter" in argv else ["--model", str(tiny_model)]
+        infer.main([*argv, *which, "--max-tokens", "4"])
+        return engine
+
+    return ask
+
+
+def run_book(book, place: Path, allow_errors=True) -> None:
+    import nbclient
+
+    nbclient.NotebookClient(book, timeout=300, kernel_name="python3", allow_errors=allow_errors,
+                            resources={"metadata": {"path": str(place)}}).execute()
+
+
+def said_by(cell, stream: str) -> str:
+    return "".join(o.text for o in cell.outputs if o.get("name") == stream)
+
+
+def pictures(cell) -> int:
+    return sum("image/png" in o.get("data", {}) for o in cell.outputs)
+
+
+def error_of(cell) -> str:
+    return "".join(f"{o.ename}: {o.evalue}" for o in cell.outputs if o.output_type == "error")
+
+
+# ---- What is pretended, and what takes a download ------------------------------------------------
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretend a GPU of so many GB, and which of unsloth and vllm are installed."""
+    version = importlib.metadata.version
+
+    def pretend(gigabytes=24.0, packages=(), capability=(8, 0)):
+        def known(name):
+            if name in ("unsloth", "vllm"):
+                if name not in packages:
+                    raise importlib.metadata.PackageNotFoundError(name)
+                return "1"
+            return version(name)
+
+        card = SimpleNamespace(total_memory=gigabytes * 1e9, name="card", major=capability[0],
+                               minor=capability[1])
+        monkeypatch.setattr(importlib.metadata, "version", known)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: capability)
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda *_: card)
+
+    return pretend
+
+
+@pytest.fixture(scope="session")
+def real_model():
+    import torch
+
+    import laptop
+
+    # Threads that outnumber the cores wait for each other.
+    torch.set_num_threads(os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+    try:
+        return laptop.packaged_model()
+    except (OSError, ImportError) as problem:
+        pytest.skip(f"the packaged SmolLM2 can't be had here: {problem}")
 
 
 def pins(name: str) -> dict[str, str]:
