@@ -504,7 +504,6 @@ WRONG = [  # what is typed (to train: beside a run that would work), what the on
         ("--set num_train_epochs=1", ": --max-steps "),
         ("--set steps_per_generation=1", ": --gradient-accumulation-steps "),
         ("--reward-funcs correctnes_reward_func", "did you mean correctness_reward_func?"),
-        ("--reward-funcs noisy.py:f", "has no function f"),
         ("--dataset broken.jsonl", "row 2 is malformed"),
         ("--dataset owner/name", "no data set owner/name to be had"),
         ("--max-examples 1 --batch-size 8", "a step takes 2 questions, there are 1"),
@@ -514,10 +513,8 @@ WRONG = [  # what is typed (to train: beside a run that would work), what the on
         ("--model owner/name", "the Hub can't be reached and its cache lacks owner/name"),
         ("--adapter owner/name", "none on the Hub"),
         ("--lora-targets q_proj k_proj attn_out ff_proj", "--lora-targets attn_out, ff_"),
-        ("--resume", "start without --resume"),
         ("--report-to wandb", "--report-to: wandb"),  # missing here, or without an account
         ("--backend unsloth", "--backend unsloth needs an NVIDIA GPU"),
-        ("--export gguf", "--export gguf is Unsloth's"),
     ]),
     *((infer.main, typed, says) for typed, says in [
         ("q", "no adapter under outputs/ yet"),
@@ -677,9 +674,11 @@ def test_unsloth_gets_what_it_wants_and_keeps_nothing_in_training(
     model.vllm_engine.sleep.assert_called_with(1)
     assert vars(layer) == {"weight": 3}
 
-    unsloth.from_pretrained = MagicMock(side_effect=MemoryError("no room for the KV cache"))
-    line = stopped(capsys, script.load_unsloth, args, "base", None, 64, None)
-    assert "out of memory while loading base: --gpu-memory-utilization 0.4, or --vllm off" in line
+    for problem in (MemoryError("no room for the KV cache"),
+                    RuntimeError("Sleep mode can only be used for one instance per process.")):
+        unsloth.from_pretrained = MagicMock(side_effect=problem)
+        line = stopped(capsys, script.load_unsloth, args, "base", None, 64, None)
+        assert "memory while loading base: --gpu-memory-utilization 0.4, or --vllm off" in line
 
 
 def test_vllm_stops_where_a_turn_ends_and_reserves_no_more_than_it_writes(workplace):
@@ -708,11 +707,8 @@ def test_a_tracker_without_an_account_is_off_or_refused(monkeypatch, capsys, tmp
 
 
 def test_hub_refusals_name_the_remedy(monkeypatch, capsys):
-    import httpx
-
     def refuse(*_, **__):
-        response = httpx.Response(404, request=httpx.Request("GET", "https://example.invalid"))
-        raise script.huggingface_hub.errors.GatedRepoError("its words", response=response)
+        raise script.huggingface_hub.errors.GatedRepoError("its words", response=MagicMock())
 
     monkeypatch.setattr(script, "hub_reachable", lambda: True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
@@ -724,11 +720,8 @@ def test_hub_refusals_name_the_remedy(monkeypatch, capsys):
 TEN = [{"question": f"What is {n} + \u2028 1?", "answer": f"#### {n + 1}"} for n in range(10)]
 
 
-def write_saved(path, **parts):
-    from datasets import Dataset, DatasetDict
-
-    parts = {name: Dataset.from_list(rows) for name, rows in parts.items()}
-    (DatasetDict(parts) if len(parts) > 1 else parts["train"]).save_to_disk(str(path))
+def as_dataset(rows):
+    return script.datasets.Dataset.from_list(rows)
 
 
 KINDS = {
@@ -737,12 +730,11 @@ KINDS = {
     "UPPER.JSONL": lambda path: path.write_text(lines(TEN)),
     "raw.jsonl": lambda path: path.write_text(lines(TEN).replace("\\u2028", "\u2028")),
     "bom.jsonl": lambda path: path.write_text(lines(TEN), encoding="utf-8-sig"),
-    "list.json": lambda path: path.write_text(json.dumps(TEN, indent=1)),
     "data.json": lambda path: path.write_text(json.dumps({"version": 1, "data": TEN})),
     "lines.json": lambda path: path.write_text(lines(TEN)),
-    "rows.parquet": lambda path: script.pandas.DataFrame(TEN).to_parquet(path),
-    "saved": lambda path: write_saved(path, train=TEN),
-    "saved-parts": lambda path: write_saved(path, train=TEN[:7], test=TEN[7:]),
+    "saved": lambda path: as_dataset(TEN).save_to_disk(path),
+    "saved-parts": lambda path: script.datasets.DatasetDict(
+        train=as_dataset(TEN[:7]), test=as_dataset(TEN[7:])).save_to_disk(path),
 }
 
 
@@ -1287,46 +1279,19 @@ def test_vllm_and_peft_give_the_same_greedy_text(real_model, vllm_python, workpl
     assert bare != texts["vllm1.jsonl"]  # the adapter is in it
 
 
-THROUGH_UNSLOTH = """
-import dataclasses, sys, trl
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import reasoning_model_grpo as script
-script.main(sys.argv[2:])
-
-class Config(trl.GRPOConfig):
-    def __init__(self, **fields):
-        asked.update(fields)
-        super().__init__(**fields)
-
-asked = {}
-trl.GRPOConfig, of_unsloth = Config, trl.GRPOConfig.__name__
-for recipe in script.RECIPES:
-    for more in ([], ["--eval-steps", "5"], ["--loss-type", "dr_grpo", "--beta", "0.04"]):
-        args = script.parse_options(["--recipe", recipe, "--report-to", "none", *more])
-        config = script.grpo_config(args, Path("out"), 64, bool(args.eval_steps))
-        for name in asked.keys() - {"report_to", "use_vllm", "vllm_mode"}:
-            assert getattr(config, name) == asked[name], (recipe, more, name)
-        print(of_unsloth, "as set:", recipe, *more)
-"""
-
-
 @pytest.mark.slow
 def test_a_whole_run_through_unsloth(unsloth_python, tmp_path, tiny_model):
-    """Loading, LoRA, warm start, GRPO, evaluation, saving and reading back are Unsloth's own, on
-    its CPU backend; its configuration takes every field of every recipe as set."""
+    """Loading, LoRA, warm start, GRPO, evaluation, saving and reading back are Unsloth's own."""
     place = furnish(tmp_path)
     env = os.environ | {"UNSLOTH_FORCE_CPU": "1", "PYTHONPATH": ""}
     model = Path(shutil.copytree(tiny_model, place / "model"))
     template = model / "chat_template.jinja"
     template.write_text("<bos>" + template.read_text())  # of which Unsloth has something to say
-    argv = arguments(model, "--backend", "unsloth", "--warm-start", "2", "--output-dir", "run",
-                     "--eval-steps", "1")
-    done = subprocess.run([unsloth_python, "-c", THROUGH_UNSLOTH, str(HERE), *argv], cwd=place,
+    argv = arguments(model, "--backend", "unsloth", "--warm-start", "2", "--output-dir", "run")
+    done = subprocess.run([unsloth_python, HERE / "reasoning_model_grpo.py", *argv], cwd=place,
                           env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "backend unsloth, since" in done.stdout and "step 2/2" in done.stdout
-    assert done.stdout.count("UnslothGRPOConfig as set:") == 3 * len(script.RECIPES)
     assert not re.search("Unsloth[: ]|Tokenizing|Building", done.stdout + done.stderr)
     stages = json.loads((place / "run/evaluation.json").read_text())["stages"]
     assert list(stages) == ["before", "after warm start", "after GRPO"]
@@ -1336,6 +1301,40 @@ def test_a_whole_run_through_unsloth(unsloth_python, tmp_path, tiny_model):
                    cwd=place)
     said = [json.loads(line)["completion"] for line in done.stdout.splitlines()]
     assert said == [row["completion"] for row in rows], done.stderr[-2000:]
+
+
+PATCHED = """
+import sys, unsloth
+from pathlib import Path
+from unsloth.models.rl import patch_trl_rl_trainers
+patch_trl_rl_trainers()
+import trl
+sys.path.insert(0, sys.argv[1])
+import reasoning_model_grpo as script
+
+class Config(trl.GRPOConfig):
+    def __init__(self, **fields):
+        asked.update(fields)
+        super().__init__(**fields)
+
+trl.GRPOConfig, asked = Config, {}
+for recipe in script.RECIPES:
+    for more in ([], ["--eval-steps", "5"], ["--loss-type", "dr_grpo", "--beta", "0.04"]):
+        args = script.parse_options(["--recipe", recipe, "--report-to", "none", *more])
+        config = script.grpo_config(args, Path("out"), 64, bool(args.eval_steps))
+        for name in asked.keys() - {"report_to", "use_vllm", "vllm_mode"}:
+            assert getattr(config, name) == asked[name], (recipe, more, name)
+        print(trl.GRPOTrainer.__name__, "as set:", recipe, *more)
+"""
+
+
+@pytest.mark.slow
+def test_unsloths_configuration_takes_every_field_as_it_is_set(unsloth_python, tmp_path):
+    env = os.environ | {"UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_COMPILE_DISABLE": "1"}
+    done = subprocess.run([unsloth_python, "-c", PATCHED, str(HERE)], cwd=tmp_path, env=env,
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("UnslothGRPOTrainer as set:") == 3 * len(script.RECIPES)
 
 
 @pytest.mark.slow
