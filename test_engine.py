@@ -15,22 +15,24 @@ from types import SimpleNamespace
 
 import pytest
 
-import reasoning_model_grpo as script
 from test_scripts import (  # noqa: F401  (fixtures)
-    HERE, arguments, environments, furnish, lines, made, read_rows, stopped, tiny_model, workplace,
+    HERE, environments, furnish, lines, made, read_rows, tiny_model,
 )
 
 sys.path.insert(0, str(HERE / ".ci"))
 import engine_checks  # noqa: E402
 
-STEPS = 3
-AGREE = 0.01  # between engine and trainer, of the tokens' log-probabilities; see the lost adapter
+pytestmark = pytest.mark.slow
+before_release = pytest.mark.skipif(
+    "ENGINE_ALL" not in os.environ, reason="before a release: bash .ci/engine_check.sh")
+AGREE = 0.01  # between engine and trainer, of the tokens' log-probabilities; see what is lost
 # Rates at which a random model of two layers moves visibly in a step.
 OPTIONS = ["--dataset", "data.jsonl", "--reward-funcs", "engine_rewards.py:peak",
-           "--max-prompt-length", "800", "--max-completion-length", "8", "--max-steps", STEPS,
+           "--max-prompt-length", "800", "--max-completion-length", "8", "--max-steps", "3",
            "--batch-size", "4", "--num-generations", "4", "--learning-rate", "0.002",
            "--warm-start", "8", "--warm-start-learning-rate", "0.01", "--eval-questions", "4",
-           "--report-to", "none", "--output-dir", "run"]
+           "--report-to", "none", "--output-dir", "run", "--no-load-in-4bit"]
+COLOCATE = ["--backend", "transformers", "--vllm", "colocate"]
 REWARDS = '''
 import os, signal
 from pathlib import Path
@@ -74,15 +76,17 @@ def tiny_qwen(tiny_model, tmp_path_factory) -> Path:  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def on_card(engine_python, tiny_qwen, tmp_path_factory):
-    """run(place, card, script, *argv, **environment) -> the finished process."""
-    def run(place: Path, card: str, script: str, *argv, **more):
+def on_card(engine_python, tiny_qwen):
+    """run(place, card, script, *argv, code=0, **environment) -> the finished process."""
+    def run(place: Path, card: str, script: str, *argv, code=0, **more):
         env = os.environ | {"PRETEND_GPU": card, "PYTHONPATH": "", "COLUMNS": "120",
                             "ENGINE_LOG": str(place / "engine.log")} | more
         argv = ["--model", tiny_qwen, *OPTIONS, *argv] if "grpo" in script else argv
-        return subprocess.run(
+        done = subprocess.run(
             [engine_python, HERE / ".ci/pretend_gpu.py", HERE / script, *map(str, argv)],
             cwd=place, env=env, text=True, capture_output=True, timeout=600)
+        assert done.returncode == code, done.stderr[-3000:]
+        return done
 
     return run
 
@@ -91,6 +95,19 @@ def furnished(tmp_path_factory, name: str) -> Path:
     place = furnish(tmp_path_factory.mktemp(name))
     (place / "engine_rewards.py").write_text(REWARDS)
     return place
+
+
+@pytest.fixture(scope="module")
+def one_run(on_card, tmp_path_factory):
+    """one_run(card, *argv, **environment) of two steps -> (where, what it printed, the log)."""
+    def run(card: str, *argv, **env):
+        place = furnished(tmp_path_factory, card)
+        argv = "reasoning_model_grpo.py", "--max-steps", "2", *argv
+        printed = on_card(place, card, *argv, **env).stdout
+        assert "step 2/2" in printed and "ask it:" in printed
+        return place, printed, take_log(place)
+
+    return run
 
 
 def take_log(place: Path) -> list[dict]:
@@ -116,46 +133,32 @@ def checksum(directory: Path) -> float:
 def trained(request, on_card, tmp_path_factory):
     """(card, its directory, the adapter's checksum at the kill, the two processes, their logs)."""
     card, place = request.param, furnished(tmp_path_factory, request.param)
-    options = ["--no-load-in-4bit", "--eval-steps", "1"]
-    first = on_card(place, card, "reasoning_model_grpo.py", *options, KILL="1")
-    assert first.returncode == -9, first.stderr[-3000:]
+    first = on_card(place, card, "reasoning_model_grpo.py", "--eval-steps", "1", code=-9, KILL="1")
     log, killed = take_log(place), checksum(place / "run/checkpoint-2")
-    second = on_card(place, card, "reasoning_model_grpo.py", "--resume", "--output-dir", "run")
-    assert second.returncode == 0, second.stderr[-3000:]
+    second = on_card(place, card, "reasoning_model_grpo.py", "--resume")
     assert "shards" not in second.stderr  # vLLM's bars
     return SimpleNamespace(card=card, place=place, run=place / "run", killed=killed,
                            printed=(first.stdout, second.stdout), logs=(log, take_log(place)))
 
 
-@pytest.mark.slow
-def test_rollouts_come_from_the_adapter_as_it_is_at_that_step(trained):
+def test_rollouts_come_from_the_adapter_as_it_is_and_the_engine_sleeps_between(trained):
     for log in trained.logs:
         engine_checks.check_rollouts(log)
+        engine_checks.check_rests(log)
     # First the start's validation; then each step's rollouts, and the validation of its end.
     assert [len(engine_checks.rollouts_of(log)) for log in trained.logs] == [6, 2]
     engine_checks.check_agreement(trained.run, AGREE)
-
-
-@pytest.mark.slow
-def test_the_engine_sleeps_while_the_model_trains(trained):
-    for log in trained.logs:
-        engine_checks.check_rests(log)
-    # Beside the rollouts: before, after the warm start, a few samples; after GRPO.
+    # Beside the rollouts: before, after the warm start; after GRPO.
     wakes = [sum(row["kind"] == "wake_up" for row in log) for log in trained.logs]
-    assert wakes == [6 + 3, 2 + 1]
+    assert wakes == [6 + 2, 2 + 1]
 
 
-@pytest.mark.slow
-def test_resume_after_a_kill_goes_on_with_the_same_adapter(trained):
+def test_resume_goes_on_with_the_same_adapter_and_the_best_one_is_measured(trained):
     steps = [re.findall("^step ./3", printed, re.M) for printed in trained.printed]
     assert steps == [["step 1/3", "step 2/3"], ["step 3/3"]]
     going_on = engine_checks.rollouts_of(trained.logs[1])[0]
     assert going_on["sent"] == pytest.approx(trained.killed, rel=1e-6)
     assert going_on["sent"] == engine_checks.rollouts_of(trained.logs[0])[-1]["sent"]
-
-
-@pytest.mark.slow
-def test_the_best_adapter_is_kept_and_measured(trained):
     assert "kept: step 1 (best validation reward" in trained.printed[1]
     kept = checksum(trained.run / "grpo_saved_lora")
     # Saving rounds to 16 bits; a step moves far more.
@@ -166,7 +169,6 @@ def test_the_best_adapter_is_kept_and_measured(trained):
     assert measured["sent"] == pytest.approx(kept, rel=1e-6)
 
 
-@pytest.mark.slow
 def test_a_card_gets_what_it_can_compute(trained):
     (engine,) = [row for row in trained.logs[0] if row["kind"] == "engine"]
     dtype, share, backend = {"a10g": ("bfloat16", 0.77, "FLASH_ATTN"),
@@ -177,121 +179,82 @@ def test_a_card_gets_what_it_can_compute(trained):
     assert engine["sleeps"] and engine["max_model_len"] == 808 and engine["lora_rank"] == 16
 
 
-@pytest.mark.slow
+def asked_again(on_card, place: Path, card: str, says: str, *argv, share=1.0, **env) -> None:
+    """infer.py, asked what the run was asked last, must say the same."""
+    (place / "said.jsonl").unlink(missing_ok=True)  # another engine's
+    rows = read_rows(place / "run/evaluation_after.jsonl")
+    (place / "ask.jsonl").write_text(lines({"question": row["question"]} for row in rows))
+    done = on_card(place, card, "infer.py", "--adapter", "run/grpo_saved_lora", "--file",
+                   "ask.jsonl", "--jsonl", "said.jsonl", *argv, **env)
+    assert f"; engine {says}" in done.stderr and "shards" not in done.stderr, done.stderr[-3000:]
+    engine_checks.check_same_answers(place / "run", place / "said.jsonl", share)
+
+
 @pytest.mark.parametrize("engine", ["unsloth", "vllm", "transformers"])
 def test_infer_says_what_was_measured(engine, trained, on_card):
-    place = trained.place
     rows = read_rows(trained.run / "evaluation_after.jsonl")
     before = read_rows(trained.run / "evaluation_before.jsonl")
     assert all(row["completion"] != other["completion"] for row, other in zip(rows, before))
-    (place / "ask.jsonl").write_text(lines({"question": row["question"]} for row in rows))
-    done = on_card(place, trained.card, "infer.py", "--adapter", "run/grpo_saved_lora",
-                   "--engine", engine, "--file", "ask.jsonl", "--jsonl", f"{engine}.jsonl")
-    assert done.returncode == 0 and f"; engine {engine} (" in done.stderr, done.stderr[-3000:]
-    assert "shards" not in done.stderr
     # In bfloat16 two tokens may be as likely, and kernels differ in the last digit.
     share = 0.75 if trained.card == "a10g" else 1.0
-    engine_checks.check_same_answers(trained.run, place / f"{engine}.jsonl", share)
+    asked_again(on_card, trained.place, trained.card, f"{engine} (", "--engine", engine,
+                share=share)
     if engine != "transformers":
-        (asked,) = [row for row in take_log(place) if row["kind"] == "asked"]
+        (asked,) = [row for row in take_log(trained.place) if row["kind"] == "asked"]
         assert asked["sent"] == pytest.approx(checksum(trained.run / "grpo_saved_lora"), rel=1e-6)
 
 
-# ---- One step each of what else there is ---------------------------------------------------------
-@pytest.mark.slow
-def test_a_lost_adapter_would_be_seen(on_card, tmp_path_factory):
-    place = furnished(tmp_path_factory, "lost")
-    done = on_card(place, "a10g", "reasoning_model_grpo.py", "--no-load-in-4bit", "--max-steps",
-                   "1", "--skip-evaluation", ENGINE_FAULT="no-adapter")
-    assert done.returncode == 0, done.stderr[-3000:]
-    with pytest.raises(AssertionError, match="written with an adapter of sum 0"):
-        engine_checks.check_rollouts(take_log(place))
+# ---- Two steps each of what else there is --------------------------------------------------------
+@pytest.mark.parametrize("fault, more, says", [
+    ("no-adapter", [], "written with an adapter of sum 0"),
+    pytest.param("no-weights", COLOCATE, None, marks=before_release)])
+def test_what_does_not_reach_the_engine_would_be_seen(fault, more, says, one_run):
+    place, _, log = one_run("a10g", "--skip-evaluation", *more, ENGINE_FAULT=fault)
+    if says:
+        with pytest.raises(AssertionError, match=says):
+            engine_checks.check_rollouts(log)
     with pytest.raises(AssertionError, match="above"):
         engine_checks.check_agreement(place / "run", AGREE)
 
 
-@pytest.mark.slow
-def test_in_4_bits_two_steps(on_card, tmp_path_factory):
-    place = furnished(tmp_path_factory, "packed")
-    done = on_card(place, "a10g", "reasoning_model_grpo.py", "--load-in-4bit", "--max-steps", "2",
-                   "--skip-evaluation", "--batch-size", "2", "--num-generations", "2",
-                   "--warm-start", "1")
-    assert done.returncode == 0 and ", 4-bit, " in done.stdout, done.stderr[-3000:]
-    log = take_log(place)
+def test_in_4_bits(one_run):
+    place, printed, log = one_run("a10g", "--load-in-4bit", "--skip-evaluation", "--batch-size",
+                                  "2", "--num-generations", "2", "--warm-start", "1")
+    assert ", 4-bit, " in printed
     assert [row["quantization"] for row in log if row["kind"] == "engine"] == ["bitsandbytes"]
     engine_checks.check_rollouts(log)
     engine_checks.check_rests(log)
     engine_checks.check_agreement(place / "run", AGREE)
 
 
-# ---- Other ways to the same rollouts -------------------------------------------------------------
-before_release = pytest.mark.skipif(
-    "ENGINE_ALL" not in os.environ, reason="before a release: bash .ci/engine_check.sh")
-COLOCATE = ["--backend", "transformers", "--vllm", "colocate"]
-
-
-def one_run(on_card, tmp_path_factory, name: str, card: str, *typed, **env):
-    """(where, what it printed, what the engine was asked) of two steps in 16 bits."""
-    place = furnished(tmp_path_factory, name)
-    done = on_card(place, card, "reasoning_model_grpo.py", "--no-load-in-4bit", "--max-steps", "2",
-                   *typed, **env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "step 2/2" in done.stdout and "after GRPO" in done.stdout
-    return place, done.stdout, take_log(place)
-
-
-@pytest.mark.slow
-def test_trls_engine_beside_the_model_gets_its_weights(on_card, tmp_path_factory):
-    """Without Unsloth: TRL sends the merged weights to an engine of its own at each step."""
-    place, printed, log = one_run(on_card, tmp_path_factory, "beside", "a10g",
-                                  PRETEND_WITHOUT="unsloth,unsloth_zoo")
-    assert "backend transformers, since unsloth is not installed; rollouts through vLLM" in printed
+@pytest.mark.parametrize("card, dtype, rollouts, typed, lacking, since", [
+    ("a10g", "bfloat16", "bfloat16", [], "unsloth,unsloth_zoo", "unsloth is not installed"),
+    pytest.param("t4", "float32", "float16", COLOCATE, "", "as", marks=before_release)])
+def test_trls_own_engine_gets_the_weights(card, dtype, rollouts, typed, lacking, since, one_run):
+    """Merged, at each step; of a T4's type TRL says nothing to it."""
+    place, printed, log = one_run(card, *typed, PRETEND_WITHOUT=lacking)
+    assert f"parameters, {dtype}, LoRA" in printed
+    assert f"backend transformers, since {since}" in printed and "rollouts through vLLM" in printed
+    (engine,) = [row for row in log if row["kind"] == "engine"]
+    assert engine["dtype"] == rollouts and engine["share"] == 0.5
+    assert engine["asked_backend"] == ("TRITON_ATTN" if card == "t4" else "None")
     assert len(engine_checks.rollouts_of(log)) == 2
     engine_checks.check_agreement(place / "run", AGREE)
 
 
-@pytest.mark.slow
 @before_release
-def test_weights_that_are_not_sent_would_be_seen(on_card, tmp_path_factory):
-    place, _, _ = one_run(on_card, tmp_path_factory, "stale", "a10g", *COLOCATE,
-                          ENGINE_FAULT="no-weights")
-    with pytest.raises(AssertionError, match="above"):
-        engine_checks.check_agreement(place / "run", AGREE)
-
-
-@pytest.mark.slow
-@before_release
-@pytest.mark.parametrize("card, dtype, rollouts", [
-    ("a10g", "bfloat16", "bfloat16"), ("t4", "float32", "float16")])  # TRL names it no type
-def test_trls_engine_as_asked(card, dtype, rollouts, on_card, tmp_path_factory):
-    place, printed, log = one_run(on_card, tmp_path_factory, "asked", card, *COLOCATE)
-    assert f"parameters, {dtype}, LoRA" in printed and "backend transformers, since as" in printed
-    (engine,) = [row for row in log if row["kind"] == "engine"]
-    assert engine["dtype"] == rollouts and engine["share"] == 0.5
-    assert engine["asked_backend"] == ("TRITON_ATTN" if card == "t4" else "None")
-    engine_checks.check_agreement(place / "run", AGREE)
-
-
-@pytest.mark.slow
-@before_release
-def test_unsloth_without_vllm(on_card, tmp_path_factory):
-    place, printed, log = one_run(on_card, tmp_path_factory, "without", "a10g",
-                                  PRETEND_WITHOUT="vllm")
+def test_unsloth_without_vllm(one_run, on_card):
+    place, printed, log = one_run("a10g", PRETEND_WITHOUT="vllm")
     assert "since a GPU and unsloth; rollouts without vLLM, which is not installed" in printed
     assert [row["kind"] for row in log] == ["card"]
-    rows = read_rows(place / "run/evaluation_after.jsonl")
-    (place / "ask.jsonl").write_text(lines({"question": row["question"]} for row in rows))
-    done = on_card(place, "a10g", "infer.py", "--adapter", "run/grpo_saved_lora",
-                   "--file", "ask.jsonl", "--jsonl", "said.jsonl", PRETEND_WITHOUT="vllm")
-    assert "engine transformers (vLLM is not installed)" in done.stderr, done.stderr[-3000:]
-    engine_checks.check_same_answers(place / "run", place / "said.jsonl")
+    asked_again(on_card, place, "a10g", "transformers (vLLM is not installed)",
+                PRETEND_WITHOUT="vllm")
 
 
-@pytest.mark.slow
 @before_release
 @pytest.mark.parametrize("typed", [[], ["--backend", "transformers", "--vllm", "off"]])
-def test_two_cards_and_one_process_train_as_one(typed, on_card, tmp_path_factory):
-    _, printed, log = one_run(on_card, tmp_path_factory, "two", "two-t4", *typed)
+def test_two_cards_and_one_process_train_as_one(typed, one_run):
+    _, printed, log = one_run("two-t4", *typed)
     assert printed.count("one of several GPUs is used") == 1
     assert "steps:     2 x 1 questions x 4 completions" in printed
     assert log[0]["count"] == 2
@@ -299,7 +262,6 @@ def test_two_cards_and_one_process_train_as_one(typed, on_card, tmp_path_factory
         engine_checks.check_rollouts(log)
 
 
-@pytest.mark.slow
 @before_release
 @pytest.mark.parametrize("packed", [[], ["bitsandbytes"]])
 def test_plain_vllms_pass_takes_the_graph_of_an_adapter(packed, engine_python, tiny_qwen):
@@ -335,7 +297,6 @@ def decision_table(cells: list[dict]) -> str:
     return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-@pytest.mark.slow
 def test_the_readmes_decisions_are_those_of_the_cards(engine_python, tiny_qwen, tmp_path):
     furnish(tmp_path)
     running = [subprocess.Popen(
@@ -349,23 +310,3 @@ def test_the_readmes_decisions_are_those_of_the_cards(engine_python, tiny_qwen, 
         assert process.returncode == 0, errors[-3000:]
     table = decision_table([json.loads(out.splitlines()[-1]) for out, _ in said])
     assert table in (HERE / "README.md").read_text(encoding="utf-8"), f"README.md lacks\n{table}"
-
-
-# ---- What a broken gradient says, wherever it trains ---------------------------------------------
-def test_a_warm_start_whose_gradient_is_not_finite_says_so(
-        workplace, tiny_model, monkeypatch, capsys):  # noqa: F811
-    import trl
-
-    compute = trl.SFTTrainer.compute_loss
-
-    def compute_loss(self, *given, **how):
-        loss = compute(self, *given, **how)
-        return loss * float("nan") if self.state.global_step == 1 else loss
-
-    monkeypatch.setattr(trl.SFTTrainer, "compute_loss", compute_loss)
-    argv = arguments(tiny_model, "--warm-start", "3", "--output-dir", "run")
-    line = stopped(capsys, script.main, argv, informed=True)
-    assert "the gradient of supervised step 2 was not finite" in line
-    assert "--warm-start-learning-rate" in line
-    assert not (workplace / "run/warm_start_lora").exists()
-    assert not (workplace / "run/metrics.jsonl").exists()  # GRPO has not begun
