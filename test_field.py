@@ -6,7 +6,6 @@ published, paths and printed commands, and the places it runs in.
 # ruff: noqa: F811  (fixtures are imported, and named as arguments)
 
 import bz2
-import gzip
 import io
 import json
 import logging
@@ -20,8 +19,8 @@ import sys
 import tempfile
 import zipfile
 from functools import partial
+from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -40,7 +39,7 @@ slow, pytestmark = pytest.mark.slow, pytest.mark.filterwarnings("ignore")  # PEF
 QUESTION = "Ann has 3 pens and 4 books. How many?"
 
 
-# ---- 1: an adapter answers as it was trained, or not at all --------------------------------------
+# ---- An adapter answers as it was trained, or not at all -----------------------------------------
 FAMILIES = {  # kind: (configuration, LoRA targets, the name of the embeddings)
     "Llama": ({"attention_bias": True}, ["q_proj", "v_proj"], "embed_tokens"),
     "Qwen2": ({}, ["q_proj", "v_proj"], "embed_tokens"),
@@ -87,9 +86,8 @@ def options(targets, table) -> dict:
         "bias of LoRA": {"lora_bias": True}, "one layer": {"layers_to_transform": [1]},
         "regex": {"target_modules": rf".*\.1\..*({'|'.join(targets)})"},
         "all linear": {"target_modules": "all-linear"},
-        "gaussian": {"init_lora_weights": "gaussian"}, "olora": {"init_lora_weights": "olora"},
-        "pissa": {"init_lora_weights": "pissa"},
-        "orthogonal": {"init_lora_weights": "orthogonal"},
+        **{name: {"init_lora_weights": name} for name in (
+            "gaussian", "olora", "pissa", "orthogonal")},
         "head": {"target_modules": head}, "table": {"target_modules": [*targets, table]},
         "both": {"target_modules": [table, "lm_head"]},
         "head, saved by default": {"target_modules": head, "save": "auto"},
@@ -97,7 +95,6 @@ def options(targets, table) -> dict:
         "dora of the table": {"use_dora": True, "target_modules": [*targets, table]},
         "tied head": {"target_modules": head, "ensure_weight_tying": True},
         "whole head": {"modules_to_save": ["lm_head"]},
-        "whole table": {"modules_to_save": [table]},
         "whole both": {"modules_to_save": [table, "lm_head"]},
         "whole both, tied": {"modules_to_save": [table, "lm_head"], "ensure_weight_tying": True},
         "tokens": {"trainable_token_indices": [65, 66]},
@@ -112,13 +109,12 @@ def make_adapter(base: Path, place: Path, fields: dict):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    fields, added = dict(fields), fields.get("added", 0)
-    save, _ = fields.pop("save", False), fields.pop("added", None)
+    fields = {"target_modules": ["q_proj"], "r": 4, "lora_alpha": 8} | fields
+    save, added = fields.pop("save", False), fields.pop("added", 0)
     model = AutoModelForCausalLM.from_pretrained(base)
     if added:
         model.resize_token_embeddings(model.config.vocab_size + added, mean_resizing=False)
-    model = peft.get_peft_model(model, peft.LoraConfig(
-        **{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | fields))
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
     torch.manual_seed(3)
     moved = [p for p in model.parameters() if p.requires_grad]
     if save is True:  # trained beside the adapter
@@ -131,72 +127,39 @@ def make_adapter(base: Path, place: Path, fields: dict):
     return model.eval()
 
 
-def found(base: Path, adapter: str = "brought"):
-    return script.find_base(str(base), adapter, True)
-
-
-HOW = SimpleNamespace(dtype="float32", attn_implementation="auto", full_finetune=False,
-                      load_in_4bit=False, export=[], adapter="brought", lora_targets=[])
-
-
-def logits(model, ids):
-    import torch
-
-    with torch.no_grad():
-        return model(ids).logits
-
-
-def answers_as_trained(base: Path, fields: dict, capsys, ask=False) -> None:
-    """What is loaded, what is exported and what infer.py says are PEFT's model, not merged."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    trained = make_adapter(base, Path("brought"), fields)
-    tokenizer = script.load_tokenizer(found(base))
-    text = infer.render(QUESTION, {}, tokenizer)
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-    right = logits(trained, ids)
-    script.check_model(argparse_like(export=["merged"]), found(base))  # of a dry run
-    given = logits(script.load_saved(HOW, found(base), Path("brought")), ids)
-    assert (given - right).abs().max() < 2e-3
-    shutil.rmtree("merged_16bit", ignore_errors=True)
-    script.export(argparse_like(export=["merged"]), found(base), None, tokenizer)
-    merged = logits(AutoModelForCausalLM.from_pretrained("merged_16bit", dtype=torch.float32), ids)
-    apart = (merged - right).norm() / right.norm()
-    assert apart < 0.05, apart  # 16-bit weights keep three digits
-    if ask:
-        capsys.readouterr()
-        infer.main([QUESTION, "--adapter", "brought", "--model", str(base), "--json",
-                    "--max-tokens", "8", "--dtype", "float32"])
-        said = json.loads(capsys.readouterr().out)["completion"]
-        assert said == script.complete(trained, tokenizer, [text], max_tokens=8)[0].text
-
-
-def argparse_like(**more):
-    return SimpleNamespace(**vars(HOW) | more)
-
-
 ONCE_WRONG = [  # of each, what a family or its tied embeddings once got wrong
     ("Llama", True, "head"), ("Llama", True, "table"), ("Qwen2", True, "tokens of both"),
     ("Llama", False, "pissa"), ("Qwen2", True, "olora"), ("Gemma", True, "embeddings beside"),
     ("GPT2", True, "both"), ("GPT2", False, "ranks")]
+BEYOND_PEFT = {("GPT2", "olora"), ("GPT2", "tied head"), ("Gemma", "bias of LoRA")}
 
 
-@pytest.mark.parametrize("kind, tied, name", ONCE_WRONG)
-def test_an_adapter_answers_as_it_was_trained(kind, tied, name, base_of, workplace, capsys):
-    fields = {"target_modules": FAMILIES[kind][1]} | options(*FAMILIES[kind][1:])[name]
-    answers_as_trained(base_of(kind, tied), fields, capsys, ask=name == "head")
+@pytest.mark.parametrize("kind, tied, name", [
+    pytest.param(*case, marks=[slow] * (case not in ONCE_WRONG))
+    for case in product(FAMILIES, (True, False), options(["a"], "b"))
+    if case[::2] not in BEYOND_PEFT])  # which can't read what it saved, or not merge
+def test_an_adapter_of_any_option_answers_as_it_was_trained(
+        kind, tied, name, base_of, workplace, capsys):
+    """What infer.py says and what is exported are PEFT's model, not merged."""
+    import torch
+    from transformers import AutoModelForCausalLM
 
-
-@slow
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_an_adapter_of_any_option_answers_as_it_was_trained(kind, tied, base_of, workplace, capsys):
-    beyond_peft = {("GPT2", "olora"), ("GPT2", "tied head"), ("Gemma", "bias of LoRA")}
-    for name, fields in options(*FAMILIES[kind][1:]).items():
-        if (kind, name) not in beyond_peft:  # which can't read what it saved, or not merge
-            fields = {"target_modules": FAMILIES[kind][1]} | fields
-            answers_as_trained(base_of(kind, tied), fields, capsys, ask=True)
+    _, targets, table = FAMILIES[kind]
+    base = base_of(kind, tied)
+    right = make_adapter(base, Path("brought"),
+                         {"target_modules": targets} | options(targets, table)[name])
+    asked = ["--adapter", "brought", "--model", str(base)]
+    infer.main([QUESTION, *asked, "--json", "--max-tokens", "8", "--dtype", "float32"])
+    said = json.loads(capsys.readouterr().out)["completion"]
+    tokenizer = script.load_tokenizer(script.find_base(str(base), "brought", True))
+    text = infer.render(QUESTION, {}, tokenizer)
+    assert said == script.complete(right, tokenizer, [text], max_tokens=8)[0].text
+    script.main([*asked, "--export", "merged"])
+    merged = AutoModelForCausalLM.from_pretrained("merged_16bit", dtype=torch.float32)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    with torch.no_grad():
+        right, merged = right(ids).logits, merged(ids).logits
+    assert (merged - right).norm() / right.norm() < 0.05  # 16-bit weights keep three digits
 
 
 REFUSED = {  # what is no adapter of this base as it was trained: (LoraConfig's fields, the line)
@@ -213,9 +176,8 @@ REFUSED = {  # what is no adapter of this base as it was trained: (LoraConfig's 
 def test_what_can_not_answer_as_trained_is_refused_before_anything(
         name, base_of, workplace, capsys):
     fields, says = REFUSED[name]
-    base = base_of("Gemma", True)
-    make_adapter(base, Path("brought"), {"target_modules": ["q_proj"]} | fields)
-    asked = ["--adapter", "brought", "--model", str(base)]
+    asked = ["--adapter", "brought", "--model", str(base := base_of("Gemma", True))]
+    make_adapter(base, Path("brought"), fields)
     line = stopped(capsys, script.main, [*CHEAP, *asked, "--dataset", "data.jsonl", "--dry-run"])
     assert says in line
     assert says in stopped(capsys, infer.main, ["2 + 3?", *asked], informed=True)
@@ -223,22 +185,17 @@ def test_what_can_not_answer_as_trained_is_refused_before_anything(
     assert not Path("outputs").exists() and not Path("merged_16bit").exists()
 
 
-def test_training_does_not_lose_the_embeddings_that_an_adapter_brings(base_of, workplace, capsys):
+def test_what_training_would_lose_or_change_twice_is_refused_in_a_dry_run(
+        base_of, workplace, capsys):
     base = base_of("Llama", True)
-    make_adapter(base, Path("brought"), {"target_modules": ["q_proj"], "save": True})
-    line = stopped(capsys, script.main, [*CHEAP, "--adapter", "brought", "--model", str(base),
-                                         "--dataset", "data.jsonl", "--dry-run"])
-    assert "embed_tokens.weight" in line or "lm_head.weight" in line
-    assert "--export merged" in line
-
-
-@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_a_target_that_shares_its_matrix_is_refused_in_a_dry_run(
-        target, base_of, workplace, capsys):
-    told = "--dry-run", "--lora-targets", "q_proj", target
-    assert "one matrix" in stopped(capsys, script.main, arguments(base_of("Llama", True), *told))
-    if target == "lm_head":
-        script.main(arguments(base_of("Llama", False), *told))
+    make_adapter(base, Path("brought"), {"save": True})
+    told = arguments(base, "--dry-run")
+    line = stopped(capsys, script.main, [*told, "--adapter", "brought"])
+    assert ("embed_tokens.weight" in line or "lm_head" in line) and "--export merged" in line
+    for target in ("lm_head", "embed_tokens"):
+        line = stopped(capsys, script.main, [*told, "--lora-targets", "q_proj", target])
+        assert "one matrix" in line
+    script.main(arguments(base_of("Llama", False), "--dry-run", "--lora-targets", "lm_head"))
 
 
 VLLM_TAKES = {"plain", "rslora", "one layer", "regex", "all linear", "gaussian"}
@@ -250,21 +207,19 @@ def test_what_vllm_would_leave_out_in_silence_goes_to_transformers(base_of, work
     import torch
     from safetensors.torch import load_file
 
-    _, targets, table = FAMILIES["Llama"]
-    for name, fields in options(targets, table).items():
-        make_adapter(base_of("Llama", True), Path("brought"), {"target_modules": targets} | fields)
-        assert (infer.beyond_vllm(Path("brought")) is None) == (name in VLLM_TAKES), name
-    for name in ("table, saved by default", "plain"):  # the same in the older kind of file
-        make_adapter(base_of("Llama", True), Path("brought"),
-                     {"target_modules": targets} | options(targets, table)[name])
-        torch.save(load_file("brought/adapter_model.safetensors"), "brought/adapter_model.bin")
-        Path("brought/adapter_model.safetensors").unlink()
-        assert (infer.beyond_vllm(Path("brought")) is None) == (name == "plain")
-    Path("brought/adapter_model.bin").write_bytes(b"no weights")
-    assert "can't be read" in infer.beyond_vllm(Path("brought"))
+    place = Path("brought")
+    for name, fields in options(*FAMILIES["Llama"][1:]).items():
+        make_adapter(base_of("Llama", True), place, fields)
+        assert (infer.beyond_vllm(place) is None) == (name in VLLM_TAKES), name
+    make_adapter(base_of("Llama", True), place, {})
+    torch.save(load_file(place / "adapter_model.safetensors"), place / "adapter_model.bin")
+    (place / "adapter_model.safetensors").unlink()
+    assert infer.beyond_vllm(place) is None
+    (place / "adapter_model.bin").write_bytes(b"no weights")
+    assert "can't be read" in infer.beyond_vllm(place)
 
 
-# ---- 2: a reward gets what TRL gives -------------------------------------------------------------
+# ---- A reward gets what TRL gives ----------------------------------------------------------------
 def rank(completions, trainer_state, prompts, **kwargs):
     """As rewards do that compare: a group side by side, each place once."""
     size = 4
@@ -278,61 +233,47 @@ def rank(completions, trainer_state, prompts, **kwargs):
     return values
 
 
-def test_the_trial_calls_as_a_step_does(tiny_model, workplace):
-    seen = []
-
-    def spy(**given):
-        seen.append(given)
-        return rank(**given)
-
-    script.main(arguments(tiny_model, "--dry-run", "--batch-size", "8"), reward_funcs=spy)
-    (given,) = seen
-    assert len(given["completions"]) == 8 and given["trainer_state"].global_step == 0
-    assert {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
-            "question", "answer", "level"} == given.keys()
-    given["log_extra"]("name", [1] * 8)
-    given["log_metric"]("name", 1.0)
-
-
 NAMES = ["text", "tokens", "solution", "fmt", "row", "image", "images", "label", "name", "prompt",
          "mode", "weights", "columns"]
 TRLS = ["prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"]
 
 
-def test_every_column_reaches_a_reward_under_its_own_name(tiny_model, workplace, capsys):
+def test_the_trial_calls_as_a_step_does_with_every_column(tiny_model, workplace, capsys):
     rows = [row | {name: f"{name} {i}" for name in NAMES + TRLS}
-            for i, row in enumerate(script.read_jsonl(Path("data.jsonl")))]
+            for i, row in enumerate(read_rows("data.jsonl"))]
     seen = {}
 
-    def spy(completions, fmt, solution=None, **given):
+    def spy(fmt, solution, **given):
         seen.update(given, fmt=fmt, solution=solution)
-        return [0.0] * len(completions)
+        return rank(**given)
 
-    script.main(arguments(tiny_model, "--dry-run"), reward_funcs=[spy], train=rows)
+    script.main(arguments(tiny_model, "--dry-run", "--batch-size", "8"), reward_funcs=spy,
+                train=rows)
+    assert seen.keys() == {*NAMES, *TRLS, "question", "answer", "level"}
     number = seen["row"][0].split()[1]
-    assert all(seen[name] == [f"{name} {number}"] * 4 for name in NAMES)
-    assert seen["trainer_state"].max_steps == 2 and callable(seen["log_metric"])
+    assert all(seen[name][:4] == [f"{name} {number}"] * 4 for name in NAMES)
+    assert len(seen["completions"]) == 8 and seen["trainer_state"].global_step == 0
+    seen["log_extra"]("name", [1] * 8)
+    seen["log_metric"]("name", 1.0)
     said = [line for line in capsys.readouterr().out.splitlines() if "completion_ids" in line]
     assert len(said) == 1 and "TRL" in said[0] and all(name in said[0] for name in TRLS)
-    Path("named.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("named.jsonl").write_text(lines(rows))
     for name in ("cookbook", "qwen-0.5b-fp32"):  # our own rewards mind no column
         script.main(arguments(tiny_model, "--dry-run", "--reward-funcs",
                               *script.RECIPES[name]["reward_funcs"], dataset="named.jsonl"))
 
 
-def test_a_question_column_may_have_a_name_that_trl_gives(tiny_model, workplace):
-    for name in (*TRLS, *NAMES):
-        rows = [{name: row["question"], "gold": row["answer"]}
-                for row in script.read_jsonl(Path("data.jsonl"))]
-        Path("odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        script.main(arguments(tiny_model, "--dry-run", "--question-column", name,
-                              "--answer-column", "gold", dataset="odd.jsonl"))
+@pytest.mark.parametrize("name", [*TRLS, "text", "row"])
+def test_a_question_column_may_have_a_name_that_is_given(name, tiny_model, workplace):
+    Path("odd.jsonl").write_text(lines(
+        {name: row["question"], "gold": row["answer"]} for row in read_rows("data.jsonl")))
+    script.main(arguments(tiny_model, "--dry-run", "--question-column", name,
+                          "--answer-column", "gold", dataset="odd.jsonl"))
 
 
 BROUGHT = '''
 import asyncio, functools
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import Pool
 
 import numpy
 import torch
@@ -349,18 +290,11 @@ def executor(completions, **kwargs):
     with ProcessPoolExecutor(2) as pool:
         return list(pool.map(score, completions))
 
-def pool(completions, **kwargs):
-    with Pool(2) as pool:
-        return pool.map(score, completions)
-
 def neighbour(completions, **kwargs):
     return [neighbour_of_mine.score(text(completion)) for completion in completions]
 
 def array(completions, **kwargs):
     return numpy.array([score(completion) for completion in completions])
-
-def single(completions, **kwargs):
-    return [numpy.float32(score(completion)) for completion in completions]
 
 def tensor(completions, **kwargs):
     return torch.tensor([score(completion) for completion in completions], requires_grad=True)
@@ -382,9 +316,6 @@ class Scorer:
         return array(completions)
     def method(self, completions, **kwargs):
         return array(completions)
-    @staticmethod
-    def still(completions, **kwargs):
-        return array(completions)
 
 class Later(Scorer):
     async def __call__(self, completions, **kwargs):
@@ -394,12 +325,12 @@ class Later(Scorer):
 async def later(completions, **kwargs):
     return array(completions)
 
-scorer, awaited, method, still = Scorer(), Later(), Scorer().method, Scorer.still
+scorer, awaited, method = Scorer(), Later(), Scorer().method
 partial_later = functools.partial(later, kind="soon")
 '''
 KINDS_OF_REWARDS = [
-    "executor", "pool", "neighbour", "array", "single", "tensor", "scalars", "truths", "some",
-    "shorter", "half", "scorer", "awaited", "method", "still", "later", "partial_later"]
+    "executor", "neighbour", "array", "tensor", "scalars", "truths", "some", "shorter", "half",
+    "scorer", "awaited", "method", "later", "partial_later"]
 
 
 @pytest.fixture
@@ -419,7 +350,7 @@ def test_rewards_of_all_kinds_are_called(tiny_model, brought, capsys):
     assert said.split(maxsplit=1)[1] == " + ".join(f"1 {name}" for name in KINDS_OF_REWARDS)
 
 
-@pytest.mark.parametrize("name", ["rewards", "json", "peft", "test_field", "sitecustomize", "a b"])
+@pytest.mark.parametrize("name", ["rewards", "json", "sitecustomize", "a b"])
 def test_a_file_of_rewards_may_have_any_name(name, tiny_model, brought, capsys):
     taken = brought.rename(brought.with_name(f"{name}.py"))
     script.main([*arguments(tiny_model, "--dry-run"), "--reward-funcs", f"{taken}:executor",
@@ -428,16 +359,21 @@ def test_a_file_of_rewards_may_have_any_name(name, tiny_model, brought, capsys):
     assert json.loads("[1]") == [1]  # the library of that name is still itself
 
 
-@pytest.mark.parametrize("given", ["model/of/rewards", [None], [["a"]], [5], {"a": 1}])
-def test_what_is_no_reward_is_named_in_one_line(given, tiny_model, workplace, capsys):
+@pytest.mark.parametrize("given, says", [
+    *(({"reward_funcs": given}, "no function") for given in (
+        "model/of/rewards", [None], [["a"]], {"a": 1})),
+    *(({"train": given}, "question|rows") for given in (
+        "openai/gsm8k", [], iter(()), [["a", 1]], {"train": []}, 5,
+        {"question": ["a"], "answer": ["1"]}))])
+def test_what_are_no_rewards_or_no_rows_is_named_in_one_line(
+        given, says, tiny_model, workplace, capsys):
     told = arguments(tiny_model, "--dry-run")
-    assert "no function" in stopped(capsys, partial(script.main, reward_funcs=given), told)
+    assert re.search(says, stopped(capsys, partial(script.main, **given), told))
 
 
 @slow
-@pytest.mark.parametrize("more", [[], ["--eval-steps", "1"]])
 def test_rewards_that_rank_their_group_do_so_in_training_and_validation(
-        more, tiny_model, brought, capsys):
+        tiny_model, brought, capsys):
     calls, keys = [], []
 
     def spy(**given):
@@ -445,18 +381,17 @@ def test_rewards_that_rank_their_group_do_so_in_training_and_validation(
         calls.append((given["trainer_state"].global_step, len(given["completions"])))
         return rank(**given)
 
-    brought = [f"{brought}:{name}" for name in KINDS_OF_REWARDS]
-    rows = script.read_jsonl(Path("data.jsonl"))
-    script.main(arguments(tiny_model, *more), reward_funcs=spy, train=rows)
-    assert all(one - keys[0] <= {"environments"} for one in keys) and all(
-        keys[0] <= one for one in keys)
+    told = arguments(tiny_model, "--eval-steps", "1")
+    script.main(told, reward_funcs=spy, train=read_rows("data.jsonl"))
+    assert all(one - keys[0] <= {"environments"} and keys[0] <= one for one in keys)
     assert (1, 4) in calls and all(size % 4 == 0 for _, size in calls)
-    script.main([*arguments(tiny_model, *more), "--output-dir", "all", "--reward-funcs", *brought])
+    script.main([*told, "--output-dir", "all", "--reward-funcs",
+                 *(f"{brought}:{name}" for name in KINDS_OF_REWARDS)])
     logged = [row for row in read_rows("all/metrics.jsonl") if "loss" in row]
     assert all(f"rewards/{name}/mean" in logged[0] for name in KINDS_OF_REWARDS)
 
 
-# ---- 3: from Python, as TRL and datasets take it -------------------------------------------------
+# ---- From Python, as TRL and datasets take it ----------------------------------------------------
 def shapes(rows: list[dict]) -> dict:
     import datasets
     import numpy
@@ -481,41 +416,27 @@ def shapes(rows: list[dict]) -> dict:
 
 
 def test_rows_come_as_trl_and_datasets_give_them_and_none_is_lost(tiny_model, workplace, capsys):
-    rows = [row | {"answer": int(row["answer"].split()[-1])}
-            for row in script.read_jsonl(Path("data.jsonl"))]
-    for name, given in shapes(rows).items():
-        seen = {}
+    rows = [row | {"answer": int(row["answer"].split()[-1])} for row in read_rows("data.jsonl")]
+    other = [{"question": f"q{n}", "answer": n, "level": 2} for n in range(5)]
+    seen = []
 
-        def spy(completions, level, seen=seen, **more):
-            seen["level"] = [int(value) for value in level]
-            return [0.0] * len(completions)
+    def spy(completions, level, **more):
+        seen.extend(int(value) for value in level)
+        return [0.0] * len(completions)
 
-        script.main(arguments(tiny_model, "--dry-run"), reward_funcs=[spy], train=given)
-        said = capsys.readouterr().out
-        held = 10 if name in ("dict", "DatasetDict", "IterableDatasetDict") else 4
-        assert f"the rows given: {40 - held} to train on, 4 held out" in said, (name, said)
-        assert seen["level"][0] in {row["level"] for row in rows}
-
-
-def test_the_held_out_rows_come_in_the_same_ways(tiny_model, workplace):
-    rows = script.read_jsonl(Path("data.jsonl"))
-    for name, given in shapes(rows).items():
-        args = script.parse_options(arguments(tiny_model, "--dry-run"), ["spy"])
-        asked = [{"question": "a", "answer": "1"}]
-        _, train, test = script.load_questions(args, asked, given)
-        held = 10 if name in ("dict", "DatasetDict", "IterableDatasetDict") else 40
-        assert [row["question"] for row in train] == ["a"] and len(test) == held, name
+    told = arguments(tiny_model, "--dry-run", "--eval-questions", "all")
+    for name in shapes(rows):
+        split = name in ("dict", "DatasetDict", "IterableDatasetDict")
+        for given, found in (
+                ({"train": shapes(rows)[name]}, (30, 10) if split else (36, 4)),
+                ({"train": other, "test": shapes(rows)[name]}, (5, 10 if split else 40))):
+            script.main(told, reward_funcs=[spy], **given)
+            said = capsys.readouterr().out
+            assert "the rows given: {} to train on, {} held out".format(*found) in said, name
+            assert seen.pop() in {row["level"] for row in rows + other}, name
 
 
-@pytest.mark.parametrize("given", ["openai/gsm8k", [], iter(()), [["a", 1]], {"train": []}, 5,
-                                   {"question": ["a"], "answer": ["1"]}])
-def test_what_are_no_rows_ends_in_one_line(given, tiny_model, workplace, capsys):
-    told = arguments(tiny_model, "--dry-run")
-    line = stopped(capsys, partial(script.main, train=given), told)
-    assert "question" in line or "rows" in line
-
-
-# ---- 5: files and folders as they are published --------------------------------------------------
+# ---- Files and folders as they are published -----------------------------------------------------
 TEN = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(10)]
 WHOLE = lines(TEN).encode()
 
@@ -527,27 +448,24 @@ def said(place, *more):
     return len(train), len(test)
 
 
+def table(rows):
+    import pandas
+
+    return pandas.DataFrame(rows)
+
+
 def zipped(path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("data.jsonl", WHOLE)
 
 
 COMPRESSED = {
-    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(WHOLE)),
     "a.jsonl.bz2": lambda path: path.write_bytes(bz2.compress(WHOLE)),
     "a.jsonl.xz": lambda path: path.write_bytes(lzma.compress(WHOLE)),
     "a.jsonl.zip": zipped,
-    "a.csv.bz2": lambda path: pandas().DataFrame(TEN).to_csv(path, index=False),
-    "a.tsv.xz": lambda path: pandas().DataFrame(TEN).to_csv(path, index=False, sep="\t"),
-    "a.csv.zip": lambda path: pandas().DataFrame(TEN).to_csv(path, index=False),
-    "a.json.bz2": lambda path: path.write_bytes(bz2.compress(json.dumps(TEN).encode())),
+    "a.csv.bz2": lambda path: table(TEN).to_csv(path, index=False),
+    "a.tsv.xz": lambda path: table(TEN).to_csv(path, index=False, sep="\t"),
 }
-
-
-def pandas():
-    import pandas
-
-    return pandas
 
 
 @pytest.mark.parametrize("name", COMPRESSED)
@@ -572,13 +490,14 @@ def test_files_and_folders_of_any_name_are_read(workplace):
             assert said(folder) == (9, 1), folder
 
 
-def published(place: Path, card="", **files) -> Path:
+def published(place: str, card="", **files) -> Path:
+    """A folder of files of rows, with the configurations of `card`."""
     for name, rows in files.items():
-        file = place / (name.replace("__", "/") + ".jsonl")
+        file = Path(place, name.replace("__", "/") + ".jsonl")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(lines(rows))
-    (place / "README.md").write_text(f"---\nconfigs:\n{card}---\n" if card else "# A data set\n")
-    return place
+    Path(place, "README.md").write_text(f"---\nconfigs:\n{card}---\n" if card else "# Data\n")
+    return Path(place)
 
 
 def configuration(name: str, **splits) -> str:
@@ -589,57 +508,49 @@ def configuration(name: str, **splits) -> str:
 def test_a_configuration_of_a_folder_is_read_or_the_line_names_them(workplace, capsys):
     card = configuration("main", train="main/train*", test="main/test*") + configuration(
         "socratic", train="socratic/train*")
-    place = published(Path("cloned"), card, main__train=TEN[:7], main__test=TEN[7:],
+    place = published("cloned", card, main__train=TEN[:7], main__test=TEN[7:],
                       socratic__train=TEN[:5])
-    assert said(place, "--dataset-config", "main") == (7, 3)
+    assert said(place, "--dataset-config", "main") == said(place / "main") == (7, 3)
     assert said(place, "--dataset-config", "socratic") == (4, 1)
-    assert said(place / "main") == (7, 3)
     for more in ([], ["--dataset-config", "mian"]):
         line = stopped(capsys, load, "--dataset", str(place), *more)
-        assert "main, socratic" in line and "--dataset-config" in line
-    one = published(Path("one"), configuration("only", train="a.jsonl"), a=TEN)
+        assert "main" in line and "socratic" in line
+    one = published("one", configuration("only", train="a.jsonl"), a=TEN)
     assert said(one) == said(one, "--dataset-config", "only") == (9, 1)
-    default = published(Path("default"), configuration("default", train="a.jsonl") + configuration(
+    default = published("default", configuration("default", train="a.jsonl") + configuration(
         "other", train="b.jsonl"), a=TEN, b=TEN[:5])
     assert said(default) == (9, 1) and said(default, "--dataset-config", "other") == (4, 1)
 
 
 def test_a_folder_of_one_split_or_of_many_parts_is_read(workplace):
-    for split in ("train", "test", "validation", "data", "gsm8k"):
-        assert said(published(Path(f"only {split}"), **{split: TEN})) == (9, 1), split
+    for split in ("train", "test", "validation", "gsm8k"):
+        assert said(published(f"only {split}", **{split: TEN})) == (9, 1), split
     shards = {f"data__train-0000{i}-of-00002": TEN[5 * i : 5 * i + 5] for i in range(2)}
-    assert said(published(Path("shards"), **shards)) == (9, 1)
-    place = published(Path("split"), train=TEN[:6], test=TEN[8:], validation=TEN[6:8])
-    assert said(place) == (6, 2)
-    pandas().DataFrame(TEN).to_parquet("train-0.parquet")
+    assert said(published("shards", **shards)) == (9, 1)
+    assert said(published("split", train=TEN[:6], test=TEN[8:], validation=TEN[6:8])) == (6, 2)
     Path("plain").mkdir()
-    shutil.move("train-0.parquet", "plain")
+    table(TEN).to_parquet("plain/train-0.parquet")
     assert said("plain") == (9, 1)
 
 
 def conversation(question, kind):
     part = {"type": "text", "text": question}
     return {
-        "parts": [{"role": "user", "content": [part]}],
         "two parts": [{"role": "user", "content": [{"type": "text", "text": "Think."}, part]}],
         "a picture too": [{"role": "user", "content": [{"type": "image"}, part]}],
-        "system": [turn("Be brief.", "system"), turn(question)],
-        "ShareGPT": [{"from": "human", "value": question}, {"from": "gpt", "value": "1"}],
-        "ShareGPT with system": [{"from": "system", "value": "s"},
-                                 {"from": "user", "value": question}],
+        "ShareGPT": [{"from": "system", "value": "s"}, {"from": "human", "value": question},
+                     {"from": "gpt", "value": "1"}],
     }[kind]
 
 
-@pytest.mark.parametrize("kind", ["parts", "two parts", "a picture too", "system", "ShareGPT",
-                                  "ShareGPT with system"])
+@pytest.mark.parametrize("kind", ["two parts", "a picture too", "ShareGPT"])
 def test_conversations_of_all_layouts_give_their_question(kind, workplace):
     rows = [{"chat": conversation(row["question"], kind), "answer": row["answer"]} for row in TEN]
     Path("chat.jsonl").write_text(lines(rows))
-    pandas().DataFrame(rows).to_parquet("chat.parquet")
-    args = script.parse_options(["--question-column", "chat"])
-    loaded = [load("--dataset", file, "--question-column", "chat")
-              for file in ("chat.jsonl", "chat.parquet")]
-    loaded.append(script.load_questions(args, pandas().read_parquet("chat.parquet"))[1:])
+    table(rows).to_parquet("chat.parquet")
+    named = ["--question-column", "chat"]
+    loaded = [load("--dataset", file, *named) for file in ("chat.jsonl", "chat.parquet")]
+    loaded.append(script.load_questions(script.parse_options(named), table(rows))[1:])
     for train, test in loaded:
         asked = {row["question"].removeprefix("Think.").strip() for row in train + test}
         assert asked == {row["question"] for row in TEN}
@@ -655,36 +566,27 @@ def test_a_layout_that_is_not_read_is_told_those_that_are(chat, workplace, capsy
 
 def test_columns_of_lists_reach_a_reward_as_lists(tiny_model, workplace):
     rows = [row | {"cases": [{"in": [1, 2], "out": None}, {"in": [], "out": "x"}]} for row in TEN]
-    pandas().DataFrame(rows).to_parquet("lists.parquet")
+    table(rows).to_parquet("lists.parquet")
     seen = []
     script.main(arguments(tiny_model, "--dry-run", dataset="lists.parquet"), reward_funcs=[
         lambda completions, cases, **_: [seen.extend(cases)] + [0.0] * (len(completions) - 1)])
     assert seen == [rows[0]["cases"]] * 4
 
 
-def test_a_malformed_row_in_a_folder_is_named(workplace, capsys, caplog):
-    Path("folder").mkdir()
-    Path("folder/train.jsonl").write_text('{"question": "a", "answer": "1"}\n{"question": \n')
-    caplog.set_level(logging.CRITICAL, logger="datasets")  # as DATASETS_VERBOSITY in a process
-    line = stopped(capsys, load, "--dataset", "folder", informed=True)
-    assert "JSON" in line or "Expecting" in line or "row" in line
-
-
 def test_fields_of_any_length_are_read(workplace):
-    long = "How many? " + "very long " * 30_000
+    long = "How many? " + "very long " * 30_000 + "?"
     for file, text in {"long.jsonl": lines([{"question": long, "answer": "1"}]),
-                       "long.csv": f'question,answer\n"{long}",1\n',
-                       "long.tsv": f'question\tanswer\n"{long}"\t1\n'}.items():
+                       "long.csv": f'question,answer\n"{long}",1\n'}.items():
         Path(file).write_text(text)
-        rows, _ = script.read_data(Path(file))
-        assert rows[0]["question"].strip() == long.strip(), file
+        (row,) = script.read_data(Path(file))[0]
+        assert row["question"] == long, file
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "folder/train.parquet", "a.csv",
-                                  "folder/train.jsonl", "deep/data/train-0.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "folder/train.jsonl",
+                                  "deep/data/train-0.parquet"])
 def test_data_that_git_lfs_has_not_fetched_is_said(name, workplace, capsys, caplog):
     file = Path(name)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -694,7 +596,7 @@ def test_data_that_git_lfs_has_not_fetched_is_said(name, workplace, capsys, capl
     assert "git lfs pull" in line
 
 
-# ---- 6: paths, and the commands that are printed -------------------------------------------------
+# ---- Paths, and the commands that are printed ----------------------------------------------------
 @pytest.fixture
 def home(workplace, tiny_model, monkeypatch) -> Path:
     """A home with a model, an adapter, data, rewards and a configuration in it."""
@@ -705,96 +607,68 @@ def home(workplace, tiny_model, monkeypatch) -> Path:
     for name in ("data.jsonl", "noisy.py"):
         shutil.move(name, place)
     (place / "held.jsonl").write_bytes(WHOLE)
-    make_adapter(place / "base", place / "brought", {"target_modules": ["q_proj"]})
+    make_adapter(place / "base", place / "brought", {})
     (place / "run.yaml").write_text("dataset: ~/data.jsonl\noutput_dir: ~/runs/one\n")
     return place
 
 
+def told_of(place) -> list[str]:
+    return [f"--model={place}/base", f"--adapter={place}/brought", f"--dataset={place}/data.jsonl",
+            f"--eval-dataset={place}/held.jsonl", "--reward-funcs", f"{place}/noisy.py:vowels"]
+
+
 def test_a_tilde_is_the_home_wherever_a_path_is_taken(home, capsys):
-    told = [*CHEAP, "--model=~/base", "--dataset=~/data.jsonl", "--eval-dataset=~/held.jsonl",
-            "--reward-funcs", "~/noisy.py:vowels", "--output-dir=~/runs/two"]
-    args = script.parse_options([*told, "--adapter=~/brought"])
-    assert args.model == str(home / "base") and args.adapter == str(home / "brought")
-    assert args.dataset == str(home / "data.jsonl")
-    assert args.eval_dataset == str(home / "held.jsonl")
-    assert args.reward_funcs == [f"{home / 'noisy.py'}:vowels"]
-    assert args.output_dir == str(home / "runs/two")
-    args = script.parse_options(["--config=~/run.yaml"])
-    assert (args.dataset, args.output_dir) == (str(home / "data.jsonl"), str(home / "runs/one"))
-    args = infer.parse_options(["--adapter=~/brought", "--model=~/base", "--file=~/q.txt",
-                                "--jsonl=~/a.jsonl"])
-    assert args.file == home / "q.txt" and args.jsonl == home / "a.jsonl"
-    assert (args.adapter, args.model) == (str(home / "brought"), str(home / "base"))
-    args = infer.parse_options(["--evaluate", "--adapter=~/brought", "--dataset=~/data.jsonl",
-                                "--output-dir=~/here"])
-    assert args.dataset == str(home / "data.jsonl") and args.output_dir == home / "here"
+    told = [*told_of("~"), "--output-dir=~/runs/two"]
+    written = script.parse_options([word.replace("~", str(home)) for word in told])
+    for args in (script.parse_options(told), script.parse_options(["--config=~/run.yaml"]),
+                 infer.parse_options(["--adapter=~/brought", "--model=~/base", "--file=~/q.txt",
+                                      "--jsonl=~/a.jsonl"]),
+                 infer.parse_options(["--evaluate", "--adapter=~/brought", "--output-dir=~/here",
+                                      "--dataset=~/data.jsonl"])):
+        given = " ".join(map(str, vars(args).values()))
+        assert "~" not in given and given.count(str(home)) > 1
+    assert vars(script.parse_options(told))["asked"] == written.asked
     assert str(home / "runs/none") in stopped(capsys, report.main, ["~/runs/none"])
     line = stopped(capsys, benchmark.main, ["--model=~/base", "--adapter=~/nowhere"], informed=True)
     assert f"{home / 'nowhere'} is no adapter" in line
     line = stopped(capsys, benchmark.main, ["--model=~/base", "--output=~/base"], informed=True)
     assert f"--output {home / 'base'}" in line
-    script.main([*told, "--dry-run"])
+    script.main([*CHEAP, *told, "--dry-run"])
     assert str(home) in capsys.readouterr().out and not Path("~").exists()
 
 
-@pytest.fixture
-def moved(workplace, tiny_model, monkeypatch):
-    """A run that was broken after its first step, all that it was given in a directory of its own;
-    a function that moves this directory, and one that goes on with the run."""
-    shutil.copytree(tiny_model, "old/base")
-    for name in ("data.jsonl", "noisy.py"):
-        shutil.move(name, "old")
-    Path("old/held.jsonl").write_bytes(WHOLE)
-    make_adapter(Path("old/base"), Path("old/brought"), {"target_modules": ["q_proj"]})
-    tell = ["--model=old/base", "--adapter=old/brought", "--dataset=old/data.jsonl",
-            "--eval-dataset=old/held.jsonl", "--reward-funcs", "old/noisy.py:vowels"]
-    record = {}
-
-    class Stopped(Exception):
-        pass
-
-    def stop_here(run, config):
-        record.update(run.record)
+def test_a_run_goes_on_with_what_has_moved(home, capsys, monkeypatch):
+    def broken(run, config):
         run.dir.mkdir(parents=True)
         script.write_whole(run.dir / "args.json", run.record)
-        raise Stopped
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(script, "run_phases", stop_here)
-        script.main([*CHEAP, *tell])
-    return tell, record
-
-
-def test_a_run_goes_on_with_what_has_moved(moved, capsys, monkeypatch):
-    tell, record = moved
-    assert all(Path(record["options"][name]).is_absolute()
-               for name in ("model", "adapter", "dataset", "eval_dataset"))
-    script.main(["--resume", "--dry-run"])
+    home.rename("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "run_phases", broken)
+        script.main([*CHEAP, *told_of("old"), "--output-dir=run"])
+    going_on = ["--resume", "--dry-run", "--output-dir=run"]
+    script.main(going_on)
     monkeypatch.chdir("old")
-    script.main(["--resume", "--dry-run", "--output-dir", "../outputs/smollm2-135m"])
+    script.main([*going_on[:2], "--output-dir=../run"])
     monkeypatch.chdir("..")
     Path("old").rename("new place")
-    assert "old/brought" in stopped(capsys, script.main, ["--resume", "--dry-run"])
-    found = [word.replace("old/", "new place/") for word in tell]
+    assert "old/brought" in stopped(capsys, script.main, going_on)
+    found = told_of("new place")
     capsys.readouterr()
-    script.main(["--resume", "--dry-run", *found])
+    script.main([*going_on, *found])
     told = [line for line in capsys.readouterr().out.splitlines() if "as typed; the run" in line]
     assert len(told) == 5 and all("new place" in line and "old" in line for line in told)
     for left_out in range(4):
         some = found[:left_out] + found[left_out + 1 :]
-        line = stopped(capsys, script.main, ["--resume", "--dry-run", *some], informed=True)
-        assert "old/" in line
+        assert "old/" in stopped(capsys, script.main, [*going_on, *some], informed=True)
     other = [word.replace("vowels", "later") for word in found]
-    line = stopped(capsys, script.main, ["--resume", "--dry-run", *other], informed=True)
+    line = stopped(capsys, script.main, [*going_on, *other], informed=True)
     assert "leave them out" in line
-
-
-def test_a_run_without_an_evaluation_file_gets_none_on_the_way(tiny_model, workplace, capsys):
-    args = script.parse_options(arguments(tiny_model))
-    recorded = args.asked | {"eval_dataset": None}
-    args.eval_dataset = "data.jsonl"
-    with pytest.raises(SystemExit):
-        script.refuse_changes(args, {"eval_dataset"}, recorded)
+    record = json.loads(Path("run/args.json").read_text())  # of a run without held-out questions
+    record["options"]["eval_dataset"] = None
+    Path("run/args.json").write_text(json.dumps(record))
+    line = stopped(capsys, script.main, [*going_on, *found], informed=True)
+    assert "eval_dataset was None" in line
 
 
 def test_an_evaluation_goes_on_from_any_directory(home, capsys, monkeypatch):
@@ -853,7 +727,7 @@ def test_every_printed_command_runs_as_it_stands(beside, tiny_model, tmp_path):
     assert done.returncode == 0 and "answer:" in done.stdout, asked + done.stderr
 
 
-# ---- 7: where it runs ----------------------------------------------------------------------------
+# ---- Where it runs -------------------------------------------------------------------------------
 @pytest.fixture
 def remake(tiny_model, workplace):
     """A copy of the tiny model whose tokenizer and template are changed by a function."""
@@ -869,29 +743,17 @@ def remake(tiny_model, workplace):
     return make
 
 
-def dry(model, capsys) -> str:
-    capsys.readouterr()
-    script.main(arguments(model, "--dry-run"))
-    return capsys.readouterr().out
-
-
 def asked_twice(model, capsys) -> None:
     """Two questions of unlike length, which are padded."""
     Path("q.txt").write_text("1 + 1?\nHow many are 22 and 333?\n")
+    script.main(arguments(model, "--dry-run"))
     infer.main(["--model", str(model), "--file", "q.txt", "--max-tokens", "3"])
     assert capsys.readouterr().out.count("answer:") == 2
 
 
-def test_a_pad_token_without_a_row_is_replaced(remake, capsys):
-    model = remake(lambda tokenizer: tokenizer.add_special_tokens({"pad_token": "[PAD]"}))
-    dry(model, capsys)
-    asked_twice(model, capsys)
-
-
-def test_a_model_without_a_pad_token_pads_with_another(remake, capsys):
-    model = remake(lambda tokenizer: setattr(tokenizer, "pad_token", None))
-    dry(model, capsys)
-    asked_twice(model, capsys)
+def test_a_pad_token_without_a_row_or_none_is_replaced(remake, capsys):
+    asked_twice(remake(lambda one: one.add_special_tokens({"pad_token": "[PAD]"})), capsys)
+    asked_twice(remake(lambda one: setattr(one, "pad_token", None)), capsys)
 
 
 def template(end: str) -> str:
@@ -899,35 +761,30 @@ def template(end: str) -> str:
             "{% if add_generation_prompt %}assistant: {% endif %}")
 
 
-def test_prompts_of_tokens_without_a_row_are_refused_in_a_dry_run(remake, capsys):
+def more_tokens(tokenizer) -> None:
     """ChatML on a base model whose embeddings were not resized for it."""
-    def change(tokenizer):
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|over|>"]})
-        tokenizer.chat_template = template("<|over|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|over|>"]})
+    tokenizer.chat_template = template("<|over|>")
 
+
+def no_end(tokenizer) -> None:
+    tokenizer.eos_token = tokenizer.pad_token = None
+    tokenizer.chat_template = template("")
+
+
+@pytest.mark.parametrize("change, says", [
+    (more_tokens, "no row for the token <|over|>.*resize"), (no_end, "no end token")])
+def test_a_tokenizer_that_does_not_fit_is_refused_in_a_dry_run(change, says, remake, capsys):
     model = remake(change)
-    line = stopped(capsys, script.main, arguments(model, "--dry-run"))
-    assert "<|over|>" in line and "resize" in line
+    assert re.search(says, stopped(capsys, script.main, arguments(model, "--dry-run")))
     line = stopped(capsys, infer.main, ["2 + 3?", "--model", str(model)], informed=True)
-    assert "<|over|>" in line
-
-
-def test_a_tokenizer_without_an_end_is_refused_in_a_dry_run(remake, capsys):
-    def change(tokenizer):
-        tokenizer.eos_token = tokenizer.pad_token = None
-        tokenizer.chat_template = template("")
-
-    model = remake(change)
-    assert "no end token" in stopped(capsys, script.main, arguments(model, "--dry-run"))
-    line = stopped(capsys, infer.main, ["2 + 3?", "--model", str(model)], informed=True)
-    assert "no end token" in line
+    assert re.search(says, line)
 
 
 @pytest.mark.parametrize("end", [
-    "</s>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<｜end▁of▁sentence｜>", "[/INST]", "a",
-    "</assistant>", "<|endofmessage|>", "ende.", "<конец>", "。", "abcdefghijklm",
-    "nopqrstuvwxyz", "<|return|>", "<|END_OF_TURN_TOKEN|>"])
-def test_an_end_token_of_any_letters_ends_a_turn(end, remake, capsys):
+    "</s>", "<|im_end|>", "<｜end▁of▁sentence｜>", "[/INST]", "a", "ende.", "<конец>", "。",
+    "abcdefghijklm", "nopqrstuvwxyz"])
+def test_an_end_token_of_any_letters_ends_a_turn(end, remake):
     """None of its letters is taken for the reply's, and what it ends is cut there."""
     model = remake(lambda _: None)
     for file in model.glob("*.json*"):  # in place of a token that has a row
@@ -936,7 +793,7 @@ def test_an_end_token_of_any_letters_ends_a_turn(end, remake, capsys):
     (model / "chat_template.jinja").write_text(template(end), encoding="utf-8")
     tokenizer = script.load_tokenizer(script.find_base(str(model), None, True))
     assert tokenizer.eos_token == end
-    dry(model, capsys)
+    script.main(arguments(model, "--dry-run"))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "tokenizer.json"])
@@ -951,7 +808,7 @@ def test_a_base_that_git_lfs_has_not_fetched_is_said(name, tiny_model, workplace
     assert "git lfs pull" in line
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_terminal_that_can_not_show_a_sign_gets_a_question_mark(
         encoding, tiny_model, workplace, monkeypatch):
     rows = [{"question": f"Zoë hat {n} ½ 数 · — “Äpfel”?", "answer": str(n)} for n in range(40)]
@@ -968,8 +825,6 @@ def test_a_terminal_that_can_not_show_a_sign_gets_a_question_mark(
 
 
 PLACES = {  # a name -> the environment, what stands before the command
-    "ASCII": ({"PYTHONIOENCODING": "ascii"}, []),
-    "Latin-1": ({"PYTHONIOENCODING": "latin-1"}, []),
     "the C locale": ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, []),
     "no HOME": ({"HOME": None}, []),
     "an unknown user": ({"HOME": None, "XDG_CACHE_HOME": None},
@@ -981,7 +836,7 @@ PLACES = {  # a name -> the environment, what stands before the command
 
 @slow
 @pytest.mark.parametrize("name", PLACES)
-def test_a_whole_run_and_its_answer_come_wherever_it_runs(name, tiny_model):
+def test_a_whole_run_and_its_answer_come_wherever_it_runs(name, tiny_model, workplace):
     """In a directory that any user may write to, scripts, model and data in it."""
     more, before = PLACES[name]
     if before and (os.getuid() or not shutil.which("setpriv")):
@@ -997,8 +852,7 @@ def test_a_whole_run_and_its_answer_come_wherever_it_runs(name, tiny_model):
         rows = [{"question": f"Zoë has {n} ½ 数 apples?", "answer": f"{n} · 1\n#### {n}"}
                 for n in range(40)]
         (place / "data.jsonl").write_text(lines(rows))
-        (place / "noisy.py").write_text("def vowels(completions, **kwargs):\n    return [len("
-                                        "c[0]['content'].encode()) % 7 for c in completions]\n")
+        shutil.copy("noisy.py", place)
         subprocess.run(["chmod", "-R", "a+rwX", place], check=True)
         env = {key: value for key, value in (os.environ | more).items() if value is not None}
         for told in (["reasoning_model_grpo.py", *arguments("model", "--warm-start", "1")],
@@ -1009,11 +863,9 @@ def test_a_whole_run_and_its_answer_come_wherever_it_runs(name, tiny_model):
 
 
 @slow
-@pytest.mark.parametrize("file", ["reasoning_model_grpo.py", "infer.py", "report.py"])
+@pytest.mark.parametrize("file", ["reasoning_model_grpo.py", "report.py"])
 def test_a_reader_that_has_enough_ends_any_script_in_silence(file, copied, tiny_model):
-    told = {"reasoning_model_grpo.py": arguments(tiny_model, "--dry-run"),
-            "infer.py": ["--file", "data.jsonl", "--max-tokens", "2", "--model", str(tiny_model)],
-            "report.py": ["outputs/smollm2-135m"]}[file]
+    told = arguments(tiny_model, "--dry-run") if "grpo" in file else ["outputs/smollm2-135m"]
     shown = shlex.join([sys.executable, "-u", str(HERE / file), *told])
     done = subprocess.run(f"{shown} | head -1", shell=True, text=True, capture_output=True)
     assert done.stdout.count("\n") == 1
@@ -1027,15 +879,13 @@ def test_options_typed_after_run_in_a_notebook_are_read(tiny_model, workplace):
 
     for file in HERE.glob("*.py"):
         shutil.copy(file, workplace)
+    shutil.copy("infer.py", "my infer.py")
     told = shlex.join(arguments(tiny_model, "--dry-run", "--max-steps", "7"))
-    Path("my infer.py").write_text((HERE / "infer.py").read_text())
-    cells = [f"%run reasoning_model_grpo.py {told}", f"%run ./reasoning_model_grpo.py {told}",
+    ask = ["--model", str(tiny_model), "--max-tokens", "3", "2 + 3?"]
+    cells = [f"%run reasoning_model_grpo.py {told}",
              f"%run {shlex.quote(str(workplace / 'reasoning_model_grpo.py'))} {told}",
-             f"%run infer.py --model {tiny_model} --max-tokens 3 '2 + 3?'",
-             f"import infer\ninfer.main(['--model', '{tiny_model}', '2 + 3?', '--max-tokens',\n"
-             "            '3'])",
-             f"%run -i 'my infer.py' --model {tiny_model} --max-tokens 3 '2 + 3?'",
-             f"!{sys.executable} infer.py --model {tiny_model} --max-tokens 3 '2 + 3?'",
+             f"%run -i 'my infer.py' {shlex.join(ask)}",
+             f"import infer\ninfer.main({ask})",
              "import sys, runpy\nsys.argv = ['reasoning_model_grpo.py', '--max-stepps', '3']\n"
              "runpy.run_path('reasoning_model_grpo.py', run_name='__main__')"]
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
@@ -1043,31 +893,17 @@ def test_options_typed_after_run_in_a_notebook_are_read(tiny_model, workplace):
                             resources={"metadata": {"path": str(workplace)}}).execute()
     said = ["".join(o.get("text", "") + o.get("evalue", "") for o in cell.outputs)
             for cell in book.cells]
-    assert all("steps:     7 x" in text for text in said[:3]), said[:3]
-    assert all("answer:" in text for text in said[3:7]), said[3:7]
-    assert "did you mean --max-steps" in said[7]
+    assert all("steps:     7 x" in text for text in said[:2]), said[:2]
+    assert all("answer:" in text for text in said[2:4]), said[2:4]
+    assert "did you mean --max-steps" in said[4]
     assert not Path("outputs").exists()
 
 
 def test_numbers_are_read_on_every_python_from_3_11_on():
     """Before 3.11.5 a possessive group, `(...)*+`, matches what it should not (gh-106052); an
     atomic one, `(?>(...)*)`, does the same and is right."""
-    from re import _constants, _parser
-
-    def possessive_groups(parsed):
-        for kind, value in parsed:
-            if kind is _constants.POSSESSIVE_REPEAT:
-                (inner, *others) = value[2]
-                if others or inner[0] in (_constants.SUBPATTERN, _constants.BRANCH):
-                    yield value
-            for part in value if isinstance(value, (list, tuple)) else ():
-                for inner in part if isinstance(part, list) else [part]:
-                    if isinstance(inner, _parser.SubPattern):
-                        yield from possessive_groups(inner)
-
-    assert list(possessive_groups(_parser.parse("a(?:bc)*+")))
-    patterns = {name: value for module in (rewards, script, infer, laptop)
+    patterns = {name: value.pattern for module in (rewards, script, infer, laptop)
                 for name, value in vars(module).items() if isinstance(value, re.Pattern)}
     assert len(patterns) > 20
-    for name, pattern in patterns.items():
-        assert not list(possessive_groups(_parser.parse(pattern.pattern, pattern.flags))), name
+    assert not [name for name, pattern in patterns.items()
+                if re.search(r"(?<!\\)\)([*+?]|\{[\d,]+\})\+", pattern)]
