@@ -8,10 +8,12 @@ import gzip
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,7 +30,7 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read once, as datasets 
 
 from test_scripts import (  # noqa: F401  (first of ours: it keeps every test off the Hub)
     CHEAP, HERE, RUN, SAVED, arguments, command, furnish, lines, read_rows, same_weights,
-    tiny_model, weights, workplace, xml,
+    tiny_model, turn, weights, workplace, xml,
 )
 import infer
 import laptop
@@ -66,108 +68,78 @@ def saved(spoil, **columns):
     return write
 
 
-ANSWERS = [None, True, [1], {"a": 1}, "", " \t", "many", "72 or 73", "####", "1 #### many", "2 2/3",
-           math.nan, math.inf, -math.inf, "10²", "٣", "1+1", "0x10", "5 thousand", "--5", "1e5",
-           "10,80", "x > 5", "\0", "<answer>", "\ud800", [{"role": "assistant", "content": "5"}]]
-QUESTIONS = [None, True, ["a"], {"text": "a"}, "", "\n", [{"role": "system", "content": "a"}],
-             [{"role": "user", "content": {"a": 1}}], [{"role": "user"}], [[[["a"]]]]]
+ANSWERS = [None, True, [1], {"a": 1}, "", "many", "72 or 73", "1 #### many", math.nan, math.inf,
+           "10²", "1+1", "0x10", "1e5", "10,80", "x = 5", "x > 5", "3-5", "$5 n$", "\0", "\ud800",
+           [turn("5", "assistant")]]
+QUESTIONS = [None, True, {"text": "a"}, "\n", [turn("a", "system")], [turn({"a": 1})],
+             [{"role": "user"}], [[[["a"]]]]]
 TEXTS = {  # by kind of file
     "jsonl": [
         *map(row, ANSWERS), *(row(1, question) for question in QUESTIONS), b"", b"\n \n\n", b"1\n2",
-        b"\xef\xbb\xbf", row(1).replace(b'"a"', b'"\xe9"'), bytes(99), GOOD[:-9], b'"a"\n"b"\n',
-        GOOD.decode().encode("utf-16"), random.Random(0).randbytes(999), b"null\n", b"[1, 2]\n[3]",
-        b'{"question": "a", "answer": 1,}', b"{'question': 'a', 'answer': 1}", GOOD + b"3\n",
-        b"{}", b'{"question": "a", "answer": 1e999999999}', row(1).replace(b"q", b"Q"),
-        row("x = 5"), row("3-5"), row("$5 n$"), row(1).replace(b"1", b"9" * 5000),
-        b"[" * 200_000, b'{"question": "a"}', b'{"answer": 1}', row(1) + b'{"question": "b"}',
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"],
-    "json": [b"", b"[]", b'{"data": []}', b"null", b"3", b'"a"', b"[[{}]]", b'[{"question": ',
-             b'{"a":' * 200_000, b"<!doctype html><p>404", b'{"a": [{"question": 1}], "b": [1]}'],
-    "csv": [b"", b"question,answer\n", b"q,a\nx,1\n", b"question,answer\na,1,2\n",
-            b"question,answer\na\n", b'question,answer\n"a,1\n', b"question,answer\na,1\nb,2,3\n",
-            b"question;answer\na;1\n", b"question,answer\na,x = 5\n",
+        row(1).replace(b'"a"', b'"\xe9"'), bytes(99), GOOD[:-9], GOOD.decode().encode("utf-16"),
+        random.Random(0).randbytes(999), b"null\n", b"{'question': 'a', 'answer': 1}",
+        GOOD + b"3\n", b"{}", b'{"question": "a", "answer": 1e999999999}', b"[" * 200_000,
+        row(1).replace(b"1", b"9" * 5000), row(1) + b'{"question": "b"}'],
+    "json": [b"", b'{"data": []}', b"3", b"[[{}]]", b'[{"question": ', b'{"a":' * 200_000,
+             b"<!doctype html><p>404", b'{"a": [{"question": 1}], "b": [1]}'],
+    "csv": [b"", b"question,answer\n", b"question,answer\na,1,2\n", b"question,answer\na\n",
+            b'question,answer\n"a,1\n', b"question;answer\na;1\n",
             "question,answer\na,1\n".encode("utf-16"), bytes(range(256))],
-    "tsv": [b"", b"question,answer\na,1\n", b"question\tanswer\na\tmany\n"], "txt": [b"", b"a?\n"],
-    "parquet": [b"", b"question,answer\n", b"PAR1PAR1"], "zip": [b"PK\3\4"], "xlsx": [b"PK\3\4"],
-    "jsonl.gz": [GOOD, b"", gzip.compress(GOOD)[:-20], gzip.compress(GOOD)[:-8] + bytes(8),
-                 gzip.compress(b"{")], "gz": [gzip.compress(GOOD)], "arrow": [b"ARROW1"],
+    "tsv": [b"question,answer\na,1\n"], "txt": [b"", b"a?\n"], "parquet": [b"", b"PAR1PAR1"],
+    "zip": [b"PK\3\4"], "xlsx": [b"PK\3\4"], "gz": [gzip.compress(GOOD)], "arrow": [b"ARROW1"],
+    "jsonl.gz": [GOOD, gzip.compress(GOOD)[:-20], gzip.compress(GOOD)[:-8] + bytes(8)],
     "py": [b"open('ran', 'w')"]}
 DATA = {f"{n}.{kind}": content for kind, all in TEXTS.items() for n, content in enumerate(all)} | {
     "cut.parquet": lambda path: [parquet(question=["a"], answer=[1])(path), shorten(path)],
     "none.parquet": parquet(question=[], answer=[]), "other.parquet": parquet(q=["a"], a=[1]),
-    "list.parquet": parquet(question=[["a"]], answer=[[1]]),
     "map.parquet": parquet(question=["a"], answer=[{"a": 1}]),
-    "missing.parquet": parquet(question=["a", None], answer=[math.nan, 1.0]),
     "bytes.parquet": parquet(question=[b"a"], answer=[1]),
     "date.parquet": parquet(question=["a"], answer=[date(2025, 1, 1)]),
     "folder-empty": Path.mkdir, "folder-other": folder("readme", b"x"),
     "folder-columns": folder("train.jsonl", b'{"q": 1}\n'),
-    "folder-gold": folder("train.jsonl", row("many")), "folder-text": folder("train.txt", b"a\n"),
     "folder-info": folder("dataset_info.json", b"{"),
     "folder-dict": folder("dataset_dict.json", b'{"splits": 3}'), "saved-cut": saved(shorten),
     "saved-lost": saved(Path.unlink), "saved-empty": saved(id, question=[], answer=[])}
 CONFIGS = [  # texts that are no table of options, or say what no option takes
-    "[1, 2]", "max-steps", "3", "a: [", "max-steps:\t\t- 2", "max-steps: 2\n beta: 1\n",
-    "max-steps: *none", "!!python/object/apply:os.system ['touch ran']",
-    "max-steps: !!python/name:os.system", "reward-weights: !!python/tuple [1]",
-    "max-steps: 2\n---\nmax-steps: 3\n", "steps: 2", "lerning_rate: 1", "max-steps: many",
-    "max-steps: 2.5", "max-steps: {a: 1}", "max-steps: [1, 2]",
-    "max-steps: true", "max-steps: 2025-01-01", "learning-rate: .nan", "learning-rate: .inf",
-    "beta: -0.5", "train: {max-steps: 2}", "loss-type: nope", "dry-run: maybe", "max-steps: false",
-    "1: 2", "null: 2", "chat-template-kwargs: [1]", "chat-template-kwargs: '{'", "set: {beta: 1}",
-    "set: [3]", "recipe: [qwen-3b, cookbook]", "reward-weights: [a]",
-    "\u0000\u0001\u0002", "max-steps: \u0007", "max-steps: 2\nmax_steps: x\n",
-    "<<: {max-steps: x}", "? [a, b]\n: 2", "adapter: 'a\\0b'", "max-steps: 0b2", "'max-steps 2'",
-    "--max-steps: 2", "max steps: 2", "config: [a, b]", "learning-rate: 1e999",
-    'adapter: "\\ud800"']
+    "[1, 2]", "3", "a: [", "max-steps:\t\t- 2", "max-steps: 2\n beta: 1\n", "max-steps: *none",
+    "!!python/object/apply:os.system ['touch ran']", "max-steps: !!python/name:os.system",
+    "max-steps: 2\n---\nmax-steps: 3\n", "lerning_rate: 1", "max-steps: many",
+    "max-steps: {a: 1}", "max-steps: [1, 2]", "max-steps: true", "max-steps: 2025-01-01",
+    "learning-rate: .nan", "train: {max-steps: 2}", "dry-run: maybe", "1: 2",
+    "chat-template-kwargs: [1]", "recipe: [qwen-3b, cookbook]", "\u0000\u0001\u0002",
+    "<<: {max-steps: x}", "? [a, b]\n: 2", "adapter: 'a\\0b'", 'adapter: "\\ud800"']
 BODIES = [  # behind `def f(completions, **kwargs):`
-    "return [0.0]", "return [0.0] * 3", "return None", "return []", "return ['good'] * 2",
-    "return ['1.0'] * 2", "return [float('nan')] * 2", "return [1.0, float('inf')]",
+    "return [0.0]", "return None", "return ['good'] * 2", "return [float('nan')] * 2",
     "return [10**400] * 2", "return 1.0", "return [1j] * 2", "return [[1.0]] * 2",
     "return {'a': 1, 'b': 2}", "return 'ab'", "raise ValueError('two\\nlines \\x1b[2J')",
-    "raise Exception", "assert 0", "return [1 / 0 for _ in completions]", "return f(completions)",
-    "return kwargs['nothing']", "raise SystemExit(0)", "__import__('sys').exit(3)",
-    "raise SystemExit('bye')", "raise StopIteration", "raise MemoryError",
-    "return [__import__('decimal').Decimal('NaN')] * 2", "return [None, float('nan')]",
-    "return [object()] * 2", "import torch; return torch.zeros(2, 3)",
+    "return f(completions)", "raise SystemExit(0)", "raise StopIteration", "raise MemoryError",
+    "return [None, float('nan')]", "import torch; return torch.zeros(2, 3)",
     "return (1 / 0 for _ in completions)"]
 MODULES = [  # whole files
-    "def f(:", "import nothing_of_that_name\ndef f(**k): return [0, 0]", "1 / 0",
-    "raise SystemExit(0)", "g = 1", "f = 3", "f = None", "def f(): return [0.0, 0.0]",
-    "def f(completions): return [0.0, 0.0]", "def f(completions, points, **k): return [0.0, 0.0]",
-    "f = max", "class f: pass", "f = lambda: 0", "def f(completions): return 1 / 0", "f = [print]",
-    "\u0000",
-    "  def f(): pass\n x", "# \u00ff", "from functools import partial\nf = partial(int, 3)"]
+    "def f(:", "import nothing_of_that_name\ndef f(**k): return [0, 0]", "raise SystemExit(0)",
+    "g = 1", "f = 3", "def f(): return [0.0, 0.0]", "f = max", "class f: pass", "\u0000",
+    "def f(completions, points, **k): return [0.0, 0.0]", "# \u00ff",
+    "from functools import partial\nf = partial(int, 3)"]
 TYPED = [[f"--{name}", value] for names, values in [
-    ("lora-rank max-examples max-prompt-length max-steps batch-size save-steps "
-     "gradient-accumulation-steps max-completion-length",
-     ["0", "-1", "1.5", "x", "", "nan", "1e3"]),
-    ("learning-rate lora-alpha temperature warm-start-learning-rate",
-     ["0", "-1", "nan", "inf", "1e999", "x", ""]),
-    ("few-shot warm-start seed eval-steps eval-questions", ["-1", "0.5", "x", "nan"]),
-    ("beta", ["-0.1", "nan", "inf"]), ("lora-dropout gpu-memory-utilization", ["1", "-1", "nan"]),
-    ("num-generations", ["1", "3"]), ("reward-weights", ["nan", "inf", "-inf", "x"]),
-    ("dtype format backend vllm report-to loss-type scale-rewards recipe export chat-template",
-     ["nope"]), ("chat-template-kwargs", ["{", "3", "null", '"a"', "nan"]),
-    ("set", ["nope=1", "top_k", "=1", "top_k=x", "top_k=[1]", "optim=nope", "beta=1", "epsilon=x",
-             "lr_scheduler_type=nope", "adam_beta1=NaN", "top_p=null", "logging_steps={}",
-             'max_grad_norm="1"', "cache_implementaton=x"]),
+    ("lora-rank max-prompt-length batch-size save-steps", ["0", "1.5", "x", "", "1e3"]),
+    ("learning-rate lora-alpha temperature", ["0", "-1", "nan", "inf", "1e999"]),
+    ("few-shot seed eval-questions", ["-1", "0.5"]), ("beta", ["-0.1", "nan", "inf"]),
+    ("lora-dropout gpu-memory-utilization", ["1", "-1", "nan"]), ("num-generations", ["1", "3"]),
+    ("reward-weights", ["nan", "-inf", "x"]), ("dtype loss-type recipe export", ["nope"]),
+    ("chat-template-kwargs", ["{", "3", "null"]),
+    ("set", ["nope=1", "top_k", "=1", "top_k=x", "optim=nope", "beta=1", "adam_beta1=NaN",
+             "top_p=null", "logging_steps={}", 'max_grad_norm="1"']),
     ("dataset eval-dataset model adapter config",
      ["./nowhere/x", "owner/name/x", "\udcff", LONG, "data.jsonl/x"]),
     ("reward-funcs", ["nope", ":f", "f:", "./x.py:f", f"{LONG}:f", "outputs:f"]),
-    ("question-column answer-column", ["nope", ""]), ("lora-targets", ["nope", "q_proj,nope"]),
-    ("dataset", [""]), ("model", [".."]), ("adapter", [".."]), ("output-dir", [LONG]),
+    ("question-column answer-column", ["nope", ""]), ("lora-targets", ["q_proj,nope"]),
+    ("dataset", [""]), ("model adapter", [".."]), ("output-dir", [LONG]),
 ] for name, value in product(names.split(), values)] + [words.split() for words in (
-    "--lerning-rate 1", "--Max-steps 2", "--max-step 2", "--", "stray", "--set", "--max-steps",
-    "--reward-funcs", "--resume", "--resume --output-dir nowhere", "--adapter", "--export gguf",
-    "--full-finetune --adapter x", "--full-finetune --export merged", "--export hub",
-    "--few-shot 99", "--full-finetune --load-in-4bit", "--dtype float16", "--backend unsloth",
-    "--vllm colocate", "--vllm server", "--backend unsloth --vllm server", "--dry-run=3",
-    "--reward-weights 1 2", "--max-prompt-length 1", "--max-completion-length 4096",
-    "--batch-size 4096", "--no-nothing", "--dataset-config nope", "--lora-dropout 2",
-    "--temperature 100", "--seed 4294967296", "--lora-rank 4097", "--lora-alpha 1e6",
-    "--eval-steps 2 --save-steps 3", "--lora-rank 1.5",
-    "--batch-size 3 --gradient-accumulation-steps 1")]
+    "--Max-steps 2", "--max-step 2", "--", "stray", "--set", "--max-steps", "--adapter",
+    "--resume --output-dir nowhere", "--full-finetune --adapter x",
+    "--full-finetune --export merged", "--vllm server", "--backend unsloth --vllm server",
+    "--dry-run=3", "--batch-size 4096", "--dataset-config nope", "--seed 4294967296",
+    "--lora-rank 4097", "--batch-size 3 --gradient-accumulation-steps 1")]
 
 
 def record(**more):
@@ -205,46 +177,39 @@ class Code:
 
 ADAPTERS = {
     **{f"config-{name}": put(CONFIG, content) for name, content in {
-        "empty": b"", "list": b"[]", "null": b"null", "number": b"3", "text": b'"x"', "open": b"{",
-        "nothing": b"{}", "latin": b'{"r": "\xff"}', "deep": b"[" * 200_000}.items()},
+        "empty": b"", "list": b"[]", "null": b"null", "open": b"{", "nothing": b"{}",
+        "latin": b'{"r": "\xff"}', "deep": b"[" * 200_000}.items()},
     **{f"{field}-{value}": record(**{field: value}) for field, values in {
-        "peft_type": ["PREFIX_TUNING", "IA3", "NOPE", None, 3], "lora_alpha": ["x"],
+        "peft_type": ["IA3", "NOPE", None, 3], "lora_alpha": ["x"],
         "r": ["x", -1, 0, 10**9, 4, None], "target_modules": [[], ["nope"], 3, ["q_proj"]],
-        "base_model_name_or_path": [3, [], None, "", "owner/other", "./nowhere"],
+        "base_model_name_or_path": [3, None, "", "owner/other", "./nowhere"],
     }.items() for value in values},
     **{f"weights-{n}": put(WEIGHTS, content) for n, content in enumerate([
-        b"", b"12345678", random.Random(1).randbytes(999), b"\xff" * 8 + b"{}",
-        b"\4" + bytes(7) + b"{{{{", b"\x40" + bytes(7)
-        + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,999]}}'.ljust(64)])},
+        b"", random.Random(1).randbytes(999), b"\xff" * 8 + b"{}", b"\4" + bytes(7) + b"{{{{",
+        b"\x40" + bytes(7) + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,999]}}'.ljust(64),
+    ])},
     **{f"tensors-{name}": tensors(change) for name, change in {
         "nan": lambda all: {k: v * math.nan for k, v in all.items()},
-        "inf": lambda all: {k: v + math.inf for k, v in all.items()},
         "halved": lambda all: dict(list(all.items())[::2]),
         "wide": lambda all: {k: v.repeat(1, 2) for k, v in all.items()},
         "flat": lambda all: {k: v.flatten() for k, v in all.items()},
         "more": lambda all: all | {"x.lora_A.weight": next(iter(all.values())) * 2}}.items()},
-    "cut": lambda place: shorten(place / WEIGHTS), "no-config": lambda place: (
-        place / CONFIG).unlink(), "no-weights": lambda place: (place / WEIGHTS).unlink(),
+    "cut": lambda place: shorten(place / WEIGHTS),
+    "no-config": lambda place: (place / CONFIG).unlink(),
     **{f"bin-{n}": lambda place, content=content: pickled(content, place) for n, content in
        enumerate([b"", b"x", [1, 2], {"a": Code()}, pickle.dumps(Code())])},
     **{f"args-{name}": put("args.json", content) for name, content in {
-        "empty": b"", "list": b"[1]", "open": b"{", "latin": b"\xff"}.items()},
+        "empty": b"", "list": b"[1]", "latin": b"\xff"}.items()},
     "tokenizer": lambda place: [put(f"tokenizer{k}.json", b"{")(place) for k in ("", "_config")],
     "weights-folder": lambda place: [(place / WEIGHTS).unlink(), (place / WEIGHTS).mkdir()],
-    "config-folder": lambda place: [(place / CONFIG).unlink(), (place / CONFIG).mkdir()],
     "file": lambda place: [shutil.rmtree(place), place.write_bytes(b"")]}
 BEYOND = [  # what passes the plan and ends later, in one line or well
-    "--seed 4294967296", "--temperature 1e-300", "--temperature 1e300", "--lora-rank 1000000000000",
-    "--attn-implementation nope", "--learning-rate 1e300", "--set logging_steps=0",
-    "--set save_total_limit=-1",
-    "--lora-targets ,", "--beta 1e300", "--reward-weights 1e308", "--lora-alpha 1e300"]
-RUN_FILES = [("args.json", b"{"), ("args.json", b"[]"), ("evaluation_before.jsonl", b"{\n"),
-             ("checkpoint-1/trainer_state.json", b"{")]
+    "--temperature 100", "--learning-rate 1e300", "--attn-implementation nope", "--beta 1e300",
+    "--set logging_steps=0", "--set save_total_limit=-1", "--reward-weights 1e308"]
 TEMPLATES = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.__init__.__globals__ }}",
     "{{ cycler.__init__.__globals__.os.system('touch ran') }}", "{% for", "{{ 1 / 0 }}",
     "{{ messages.append(1) }}", "{{ raise_exception('no') }}", "{% include '/etc/passwd' %}"]
-EXTRAS = [10**30, [1, "a"], {"a": [1, "a"]}, [[1], 2], {}, [], [None, 1.5]]
 
 
 def cases(values, every=1):
@@ -266,10 +231,6 @@ def attempt(capfd, main, argv):
 
 def plan(model, *more, data="data.jsonl") -> list[str]:
     return arguments(model, "--dry-run", *more, dataset=data)
-
-
-def from_adapter(adapter) -> list[str]:
-    return [*CHEAP, "--dry-run", "--adapter", str(adapter), "--dataset", "data.jsonl"]
 
 
 def steps(run) -> list[int]:
@@ -337,20 +298,8 @@ def adapter(tmp_path_factory, tiny_model) -> Path:
 @pytest.mark.parametrize("name", cases(ADAPTERS, 4))
 def test_a_malformed_adapter_ends_in_one_line(name, refused, adapter):
     ADAPTERS[name](Path(shutil.copytree(adapter, name)))
-    refused(from_adapter(name), name, "Hub", "nowhere", "chat-template")
-    assert not Path("ran").exists()
-
-
-def test_an_adapter_that_does_not_fit_leaves_no_run(refused, adapter):
-    ADAPTERS["tensors-halved"](Path(shutil.copytree(adapter, "halved")))
-    refused([*CHEAP, "--adapter", "halved", "--dataset", "data.jsonl"], "halved")
-
-
-def test_the_tables_are_large_and_refused_for_what_is_wrong_in_them(workplace, adapter, tiny_model):
-    tried = DATA, CONFIGS, [*BODIES, *MODULES], TYPED, ADAPTERS
-    assert sum(map(len, tried)) >= 500 and all(len(table) >= 45 for table in tried)
-    assert not Path("ran").exists() and script.main(plan(tiny_model)) is None
-    assert script.main(from_adapter(adapter)) is None
+    refused([*CHEAP, "--adapter", name, "--dataset", "data.jsonl"], name, "Hub", "nowhere",
+            "chat-template")
 
 
 @slow
@@ -404,7 +353,7 @@ def test_a_spoilt_file_is_taken_or_refused_in_one_line(
 LATER = {  # what a reward that was right before training gives in its second step
     "[float('nan')] * n": "for the completion '", "[1 / 0]": "ZeroDivisionError", "exit(0)": "",
     "[0.0] * (n - 1)": "3 values for 4", "['good'] * n": "'good', which is no number, for the co",
-    "[0.0] * (n - 1) + [float('-inf')]": "-inf, which is no number, for", "None": "TypeError"}
+    "None": "TypeError"}
 TURNS = """
 import os
 def turns(completions, trainer_state=None, **kwargs):
@@ -415,11 +364,12 @@ def turns(completions, trainer_state=None, **kwargs):
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("gives", cases(LATER, 3))
+@slow
+@pytest.mark.parametrize("kind", ["def", "async def"])  # the second is not tried before training
+@pytest.mark.parametrize("gives", LATER)
 def test_a_reward_that_fails_in_training_is_named_and_mended_it_goes_on(
-        gives, workplace, tiny_model, capfd):
-    (workplace / "turns.py").write_text(TURNS.replace("{}", gives))
+        gives, kind, workplace, tiny_model, capfd):
+    (workplace / "turns.py").write_text(TURNS.replace("{}", gives).replace("def", kind))
     code, line = attempt(capfd, script.main, arguments(
         tiny_model, "--save-steps", "1", "--eval-questions", "0", reward="turns.py:turns"))
     assert code == 2 and "turns.py:turns" in line and LATER[gives] in line, (code, line)
@@ -429,31 +379,24 @@ def test_a_reward_that_fails_in_training_is_named_and_mended_it_goes_on(
 
 
 @slow
-@pytest.mark.parametrize("gives", ["[0.0]", "[1 / 0]", "exit(3)"])
-def test_an_awaited_reward_that_fails_is_named(gives, workplace, tiny_model, capfd):
-    """It is not tried before: it waits for TRL's event loop, in which its connections live."""
-    (workplace / "turns.py").write_text(TURNS.replace("def turns", "async def turns").replace(
-        "global_step == 1", "global_step == 0").replace("{}", gives))
-    code, line = attempt(capfd, script.main, arguments(
-        tiny_model, "--eval-questions", "0", reward="turns.py:turns"))
-    assert code == 2 and "turns.py:turns" in line, (code, line)
-
-
-@slow
-@pytest.mark.parametrize("typed", cases(BEYOND))
+@pytest.mark.parametrize("typed", BEYOND)
 def test_extreme_values_train_or_end_in_one_line(typed, workplace, tiny_model, capfd):
     code, _ = attempt(capfd, script.main, arguments(
         tiny_model, "--eval-questions", "0", *typed.split()))
     assert code in (0, 2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("extra", cases(EXTRAS, 3))
-def test_a_column_of_any_value_does_not_end_a_run(extra, workplace, tiny_model):
-    Path("rows.jsonl").write_text(lines(
-        {"question": f"q{n}", "answer": n, "extra": extra} for n in range(20)))
-    script.main(arguments(tiny_model, "--eval-questions", "0", "--max-steps", "1",
-                          dataset="rows.jsonl"))
+def test_a_warm_start_whose_gradient_is_not_finite_says_so(
+        workplace, tiny_model, monkeypatch, capfd):
+    import trl
+
+    compute = trl.SFTTrainer.compute_loss
+    monkeypatch.setattr(trl.SFTTrainer, "compute_loss", lambda self, *given, **how: (
+        compute(self, *given, **how) * (math.nan if self.state.global_step == 1 else 1)))
+    code, line = attempt(capfd, script.main, arguments(tiny_model, "--warm-start", "3"))
+    assert code == 2 and "the gradient of supervised step 2 was not finite" in line
+    assert "--warm-start-learning-rate" in line
+    assert not (RUN / "warm_start_lora").exists() and not (RUN / "metrics.jsonl").exists()
 
 
 # ---- No room, no right to write, something in the way --------------------------------------------
@@ -476,8 +419,8 @@ def remount(workplace):
 ON_DISK = ["--save-steps", "1", "--max-steps", "3", "--output-dir", "disk/run"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("room", [8, 120, 250, 400, 550])
+@slow
+@pytest.mark.parametrize("room", [8, 120, 250, 550])
 def test_a_full_disk_ends_in_one_line_and_with_room_the_run_goes_on(
         room, remount, tiny_model, capfd):
     argv, run = arguments(tiny_model, "--warm-start", "1", *ON_DISK), Path("disk/run")
@@ -495,7 +438,7 @@ def test_a_full_disk_ends_in_one_line_and_with_room_the_run_goes_on(
         assert same_weights(run / "grpo_saved_lora", "whole/grpo_saved_lora")
 
 
-@pytest.mark.slow
+@slow
 def test_a_read_only_disk_ends_in_one_line(remount, tiny_model, capfd):
     argv = arguments(tiny_model, "--eval-questions", "0", *ON_DISK)
     script.main([*argv, "--max-steps", "1"])
@@ -516,9 +459,10 @@ def test_a_file_in_the_way_ends_in_one_line(file, workplace, tiny_model, capfd):
 
 
 @slow
-@pytest.mark.parametrize("broken", cases(RUN_FILES))
-def test_a_run_with_a_broken_file_ends_in_one_line(broken, workplace, tiny_model, capfd):
-    file, content = broken
+@pytest.mark.parametrize("file, content", [
+    ("args.json", b"{"), ("args.json", b"[]"), ("evaluation_before.jsonl", b"{\n"),
+    ("checkpoint-1/trainer_state.json", b"{")])
+def test_a_run_with_a_broken_file_ends_in_one_line(file, content, workplace, tiny_model, capfd):
     script.main(arguments(tiny_model, "--max-steps", "1"))
     (RUN / file).write_bytes(content)
     code, line = attempt(capfd, script.main, ["--resume", "--max-steps", "2"])
@@ -554,7 +498,7 @@ def test_a_chat_template_runs_no_code_and_its_fault_is_one_line(
 
 
 @slow
-@pytest.mark.parametrize("kind", cases(["llama", "unheard-of"]))
+@pytest.mark.parametrize("kind", ["llama", "unheard-of"])
 def test_a_models_own_code_is_not_run(kind, workplace, tiny_model):
     code = "open('ran', 'w')\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
     model = model_with(tiny_model, workplace / "model", own__py=code, tokenizer_config__json={
@@ -572,52 +516,37 @@ EVIL = ["../../x", "<script>alert(1)</script>", "\x1b[2J\x07\x9b31m", "a\u202eb"
         "`touch ran`", "\"; touch ran; '; touch ran; '", "{{ 7 * 7 }}", "\r\b"]
 
 
-@pytest.fixture(scope="module")
-def spoken(tmp_path_factory, tiny_model):
-    """A run on questions that would be paths, pages or commands; (its directory, what it said)."""
-    place, said = tmp_path_factory.mktemp("spoken") / "in", io.StringIO()
+def test_a_question_is_no_path_no_page_no_command_and_does_not_steer_the_terminal(
+        tmp_path, tiny_model, monkeypatch):
+    place, printed = tmp_path / "in", io.StringIO()
     place.mkdir()
     (furnish(place) / "evil.jsonl").write_text(lines({
         "question": f"{' '.join(EVIL)} {n}?", "answer": f"{' '.join(EVIL)}\n#### {n}"}
         | {word: word for word in EVIL} for n in range(20)))
-    argv = arguments(tiny_model, "--few-shot", "1", "--warm-start", "1", "--eval-questions", "2",
-                     dataset="evil.jsonl")
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
-        patch.chdir(place)
-        script.main([*argv, "--max-prompt-length", "1500", "--dry-run"])
-        script.main([*argv, "--max-prompt-length", "1500"])
+    monkeypatch.chdir(place)
+    with redirect_stdout(printed), redirect_stderr(printed):
+        script.main(arguments(tiny_model, "--few-shot", "1", "--warm-start", "1",
+                              "--eval-questions", "2", "--max-prompt-length", "1500",
+                              dataset="evil.jsonl"))
         infer.main(["--file", "evil.jsonl", "--adapter", str(SAVED), "--max-tokens", "2"])
-    return place, said.getvalue()
-
-
-def test_a_question_is_never_a_path_and_is_escaped_on_the_page(spoken):
-    place, _ = spoken
-    assert sorted(path.name for path in place.parent.iterdir()) == ["in"]
-    assert {path.name for path in place.iterdir()} <= {
-        "data.jsonl", "evil.jsonl", "noisy.py", "outputs", "__pycache__"}
-    page = (place / RUN / "completions.html").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    page = (RUN / "completions.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page
-
-
-def test_a_question_does_not_steer_the_terminal(spoken):
-    assert not {c for c in spoken[1] if not c.isprintable()} - set("\n\t")
-
-
-def test_the_command_to_ask_a_question_runs_nothing_else(spoken):
-    place, said = spoken
+    said = printed.getvalue()
+    assert not {c for c in said if not c.isprintable()} - set("\n\t")
     line = said[said.index("ask it:") :].partition("infer.py ")[2].partition("\n")[0]
-    subprocess.run(["bash", "-c", f"true {line}"], cwd=place, timeout=20)
-    assert not (place / "ran").exists(), line
+    subprocess.run(["bash", "-c", f"true {line}"], timeout=20)
+    assert {path.name for path in place.iterdir()} <= {
+        "data.jsonl", "evil.jsonl", "noisy.py", "outputs", "__pycache__"}, line
 
 
 # ---- Fuzz ----------------------------------------------------------------------------------------
 PIECES = [
     *(tag for fmt in rewards.FORMATS.values() for tag in fmt.tags), "<think>", "</think>", "<ans",
     *"\n \t\0=-+$€%°.,²½∞}`<😀٣", "...", "\x1b[2J", "\u2028", "\ufeff", "\ud800", "\u2212",
-    "\u200b", "####", "1e999999999", "1e-999999999", "1E5", "1/2", "2 2/3", "１２", "0x1f",
-    "0b1", "1_000", "1,080", "1.080,50", "10,80", "NaN", "inf", "-Infinity", "\\boxed{",
-    "\\frac{1}{2}", "1{,}080", "\\!", "**", "2:00", "2:30", "00:00:00", "72 or 73", "5 thousand",
-    "minus", "a\u0301", "7" * 500, "0" * 500, "9" * 40 + "." + "9" * 40,
+    "####", "1e999999999", "1e-999999999", "1/2", "2 2/3", "１２", "0x1f", "1_000", "1,080.50",
+    "10,80", "NaN", "-Infinity", "\\boxed{", "\\frac{1}{2}", "1{,}080", "\\!", "**", "2:30",
+    "72 or 73", "5 thousand", "minus", "7" * 500, "9" * 40 + "." + "9" * 40,
     *(c * 200 for c in "< -="), "1," * 99]
 
 
@@ -625,11 +554,7 @@ def nasty(rng: random.Random) -> str:
     picked = rng.choices(PIECES, k=rng.randint(0, 14))
     if rng.random() < 0.3:
         picked.append(chr(rng.randrange(rng.choice([128, 0x3000]))) * rng.randint(1, 60))
-        rng.shuffle(picked)
     text = "".join(picked)
-    if rng.random() < 0.4:  # what may be read: a number with what may stand around one
-        text = "".join(map(rng.choice, (["", "-", "= "], ["", "$", "€ "], ["", "-", "\u2212"], [
-            "0", "7", "72", "07.50", ".5", "1,080", "9" * 99], ["", "%", ".", " km", "e9", "/2"])))
     return rng.choice([text, xml(text), f"<answer>{text}</answer>", f"<SOLUTION>{text}</SOLUTION>"])
 
 
@@ -656,7 +581,7 @@ def test_no_completion_raises_or_earns_what_is_no_finite_number():
     print(f"{FUZZ} completions, the slowest took {longest:.3f} s")
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_a_long_text_of_any_pattern_is_graded_at_once(seed):
     rng = random.Random(seed)
     text = (pattern := "".join(rng.choices(PIECES, k=rng.randint(1, 4)))) * (99_999 // len(pattern))
@@ -668,278 +593,128 @@ def test_a_long_text_of_any_pattern_is_graded_at_once(seed):
             assert time.perf_counter() - begun < 0.5, (pattern, func)
 
 
-def cell(rng: random.Random, depth=0):
-    if depth == 3 or rng.random() < 0.7:
-        return rng.choice([None, True, 3, -0.5, 10**30, math.nan, "", "#### 3", nasty(rng), "5"])
-    inner = cell(rng, depth + 1)
-    return rng.choice([[inner], [], [inner, 1], {"role": inner}, {"": inner}, [
-        {"role": "user", "content": inner}]])
-
-
-@pytest.mark.slow
-def test_rows_of_any_values_are_questions_or_one_line(workplace, capfd):
-    rng, taken = random.Random(0), 0
-    for i in range(max(200, FUZZ // 10)):
-        rows = [{name: cell(rng) for name in ("question", "answer", "level", "prompt", "text", "")
-                 if rng.random() < 0.98} for _ in range(rng.randint(1, 3))]
-        Path("rows.jsonl").write_text(lines(rows))
-        argv = ["--dataset", "rows.jsonl", "--eval-dataset", "data.jsonl"]
-        code, found = attempt(capfd, lambda argv: script.load_questions(script.parse_options(argv)),
-                              argv + ["--skip-bad"] * (i % 2))
-        assert code in (0, 2) and (code or all(row["question"] and rewards.parse_number(
-            row["answer"]) is not None for row in found[1])), rows
-        taken += code == 0
-    assert 20 < taken < i
-
-
-# ---- Slow: broken off for real -------------------------------------------------------------------
-KILLED = {  # where: what is there by then, what is not yet
-    "the warm start": ("warm_start/checkpoint-2/trainer_state.json", "warm_start_lora"),
-    "the first step": ("warm_start_lora/adapter_config.json", "checkpoint-2"),
-    "between checkpoints": ("checkpoint-2/trainer_state.json", "checkpoint-4"),
-    "the last evaluation": ("grpo_saved_lora/adapter_config.json", "evaluation_after.jsonl"),
-}
-FOUR_STEPS = ["--max-steps", "4", "--save-steps", "2", "--warm-start", "6", "--eval-questions",
+# ---- Broken off for real -------------------------------------------------------------------------
+FORKED = multiprocessing.get_context("forkserver")  # it loads the libraries once
+FORKED.set_forkserver_preload([
+    "hypothesis", "matplotlib.pyplot", "pandas", "datasets", "trl.trainer.grpo_trainer",
+    "trl.trainer.sft_trainer", "transformers.models.llama.modeling_llama"])
+MORE_STEPS = ["--max-steps", "4", "--save-steps", "2", "--warm-start", "6", "--eval-questions",
               "all", "--max-completion-length", "48"]
+
+
+def run_in(place, words):
+    os.chdir(place)
+    sys.stdout = sys.stderr = open("log.txt", "w", buffering=1)  # noqa: SIM115
+    script.main(words)
+
+
+def start(place, *words):
+    """A run in a process of its own; what it says goes to log.txt."""
+    process = FORKED.Process(target=run_in, args=(place, list(map(str, words))))
+    process.start()
+    return process
+
+
+def ended(process, place, seconds=120):
+    """(its exit code, or None where it hangs; what it said)."""
+    process.join(seconds)
+    return process.exitcode, (place / "log.txt").read_text()
+
+
+def result(run: Path):
+    return (run / "grpo_saved_lora" / WEIGHTS).read_bytes(), (run / "evaluation.json").read_text()
+
+
+def wait_for(file: Path, process) -> None:
+    while not file.exists():
+        assert process.is_alive(), "it ended too early"
+        time.sleep(0.002)
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, tiny_model):
-    place = furnish(tmp_path_factory.mktemp("unbroken"))
-    done = command("reasoning_model_grpo.py", *arguments(tiny_model, *FOUR_STEPS), cwd=place)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return place
+    """(where, the arguments, and the result of a run that nothing breaks)."""
+    place, argv = furnish(tmp_path_factory.mktemp("unbroken")), arguments(tiny_model, *MORE_STEPS)
+    code, said = ended(start(place, *argv, "--output-dir", "whole"), place)
+    assert code == 0, said
+    return place, argv, result(place / "whole")
 
 
 @slow
-@pytest.mark.parametrize("where", KILLED)
-def test_killed_and_resumed_it_is_the_unbroken_run(where, unbroken, workplace, tiny_model):
-    there, missing = KILLED[where]
-    argv = [sys.executable, HERE / "reasoning_model_grpo.py", *arguments(tiny_model, *FOUR_STEPS)]
-    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
-        while not (RUN / there).is_file():
-            assert run.poll() is None, run.stderr.read()
-            time.sleep(0.002)
-        run.kill()
-    assert not (RUN / missing).exists()
-    before = (RUN / "evaluation_before.jsonl").stat().st_mtime_ns
-    done = command("reasoning_model_grpo.py", "--resume", cwd=workplace)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (RUN / "evaluation_before.jsonl").stat().st_mtime_ns == before
-    assert ("supervised step 6/6" in done.stdout) == (where == "the warm start")
-    first = {"between checkpoints": 3, "the last evaluation": 5}.get(where, 1)
-    assert [int(n) for n in re.findall(r"^step (\d)/4", done.stdout, re.M)] == [*range(first, 5)]
-    for name in ("warm_start_lora", "grpo_saved_lora"):
-        assert same_weights(RUN / name, unbroken / RUN / name)
-    assert (RUN / "evaluation_after.jsonl").read_bytes() == (
-        unbroken / RUN / "evaluation_after.jsonl").read_bytes()
+def test_killed_and_resumed_it_is_the_unbroken_run(unbroken):
+    place, argv, whole = unbroken
+    process, run = start(place, *argv, "--output-dir", "killed"), place / "killed"
+    wait_for(run / "checkpoint-2/trainer_state.json", process)
+    process.kill()
+    before = (run / "evaluation_before.jsonl").stat().st_mtime_ns
+    code, said = ended(start(place, "--resume", "--output-dir", "killed"), place)
+    assert code == 0 and result(run) == whole, said
+    assert (run / "evaluation_before.jsonl").stat().st_mtime_ns == before
+    assert re.findall(r"^step (\d)/4", said, re.M) == ["3", "4"] and "supervised" not in said
+
+
+PHASES = {  # where Ctrl-C comes: the file that is there by then, how often, how the run ends
+    "the first evaluation": ("args.json", 1, 130),
+    "the warm start": ("warm_start/checkpoint-2/trainer_state.json", 1, 130),
+    "the second evaluation": ("warm_start_lora/args.json", 1, 130),
+    "a step": ("checkpoint-2/trainer_state.json", 1, 0),
+    "a step, twice": ("checkpoint-2/trainer_state.json", 2, 130),
+    "the last evaluation": ("grpo_saved_lora/args.json", 1, 130)}
 
 
 @slow
-def test_two_processes_train_and_only_one_speaks(workplace, tiny_model):
-    argv = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
-            "--num_machines", "1", "--num_processes", "2", "--mixed_precision", "no",
-            "--dynamo_backend", "no",
-            HERE / "reasoning_model_grpo.py", *arguments(tiny_model, "--batch-size", "2",
-                                                         "--warm-start", "1", "--eval-steps", "1")]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("recipe:") == 1 and done.stdout.count("step 2/2") == 1
-    assert "2 x 1 questions x 4 completions" in done.stdout
-    assert [path.name for path in Path("outputs").iterdir()] == ["smollm2-135m"]
-    assert (SAVED / "adapter_config.json").is_file() and (RUN / "evaluation_after.jsonl").is_file()
+@pytest.mark.parametrize("phase", PHASES)
+def test_ctrl_c_in_every_phase_says_how_to_go_on_and_that_goes_on(phase, unbroken):
+    (place, argv, whole), (marker, times, right) = unbroken, PHASES[phase]
+    process = start(place, *argv, "--output-dir", phase)
+    wait_for(place / phase / marker, process)
+    for _ in range(times):
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.05)
+    code, said = ended(process, place)
+    assert code == right and "Traceback" not in said, said
+    told = re.search("go on with: python .*reasoning_model_grpo.py (.*)", said)[1]
+    code, said = ended(start(place, *shlex.split(told)), place)
+    assert code == 0 and result(place / phase) == whole, said
 
 
-KILLER = """
-import json, os, random, signal, sys, time
-from pathlib import Path
-import accelerate, datasets, matplotlib.pyplot, pandas, peft, torch, trl
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
-from trl import GRPOTrainer, SFTTrainer
-
-here, wanted, *argv = sys.argv[1:]
-sys.path.insert(0, here)
-import reasoning_model_grpo as script
-
-MARKS = ("args.json", "evaluation_before.jsonl", "warm_start_lora", "evaluation_warm_start.jsonl",
-         "checkpoint-1", "checkpoint-2", "checkpoint-3", "grpo_saved_lora",
-         "evaluation_after.jsonl", "evaluation.json")
-rng, kills, runs = random.Random(0), {}, 0
-
-def start(words):
-    pid = os.fork()
-    if pid:
-        return pid
-    sys.stdout = sys.stderr = open("log.txt", "a", buffering=1)
-    try:
-        script.main(words)
-        os._exit(0)
-    except BaseException as problem:
-        print(repr(problem))
-        os._exit(9)
-
-def log():
-    return Path("log.txt").read_text()[-3000:]
-
-def result(run):
-    return ((run / "grpo_saved_lora/adapter_model.safetensors").read_bytes(),
-            (run / "evaluation.json").read_text())
-
-begun = time.time()
-assert os.waitpid(start([*argv, "--output-dir", "whole"]), 0)[1] == 0, log()
-whole, slowest = result(Path("whole")), time.time() - begun
-while sum(kills.values()) < int(wanted):
-    runs += 1
-    run, ended, patience = Path(f"run{runs}"), False, slowest / 2
-    while not ended:
-        known = (run / "args.json").exists()
-        words = ["--resume", "--output-dir", str(run)] if known else [
-            *argv, "--output-dir", str(run)]
-        pid, deadline = start(words), time.time() + rng.uniform(0.02, patience)
-        while time.time() < deadline and not ended:
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            time.sleep(0.01)
-        if ended:
-            assert status == 0, log()
-            break
-        phase = next((mark for mark in reversed(MARKS) if (run / mark).exists()), "nothing yet")
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        kills[phase] = kills.get(phase, 0) + 1
-        patience *= 1.1  # so that a slow phase comes to its end
-        for file in run.glob("*.json*"):  # nothing is half written
-            lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
-            list(map(json.loads, lines))
-    assert result(run) == whole, (run, kills)
-print(json.dumps({"kills": kills, "runs": runs, "seconds": round(time.time() - begun)}))
-"""
+def killed_at_random(place: Path, kills: int, argv: list[str]) -> None:
+    """None of so many kills, at moments of all phases, loses, halves or changes anything."""
+    rng, runs, begun = random.Random(0), 0, time.time()
+    code, said = ended(start(place, *argv, "--output-dir", "whole"), place)
+    assert code == 0, said
+    whole, slowest = result(place / "whole"), time.time() - begun
+    while kills > 0:
+        run, patience, code = place / f"run{runs}", slowest / 2, None
+        runs += 1
+        while code is None:
+            known = (run / "args.json").exists()
+            words = ["--resume"] if known else argv
+            process = start(place, *words, "--output-dir", run.name)
+            code, said = ended(process, place, rng.uniform(0.02, patience))
+            if code is None:
+                process.kill()
+                process.join()
+                kills, patience = kills - 1, patience * 1.1  # so that a slow phase comes to its end
+            for file in run.glob("*.json*"):
+                rows = file.read_text().split("\n") if file.suffix == ".jsonl" else [
+                    file.read_text()]
+                assert [json.loads(row) for row in rows if row], file
+        assert code == 0 and result(run) == whole, (run, said[-3000:])
 
 
 @slow
 def test_killed_at_any_moment_a_run_ends_with_the_adapter_of_an_unbroken_one(tmp_path, tiny_model):
-    """40 kills of SIGKILL, at random moments of all phases: none loses or changes anything."""
-    place = furnish(tmp_path)
-    argv = arguments(tiny_model, "--max-steps", "3", "--warm-start", "3", "--save-steps", "1")
-    done = subprocess.run([sys.executable, "-c", KILLER, str(HERE), "40", *argv], cwd=place,
-                          capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stderr[-4000:]
-    print(done.stdout)
-    counted = json.loads(done.stdout.splitlines()[-1])
-    assert sum(counted["kills"].values()) >= 40 and len(counted["kills"]) >= 4, counted
-
-
-# ---- Slow: long runs, several processes, Ctrl-C --------------------------------------------------
-ODD = r"""
-import os, time
-from pathlib import Path
-
-def vowels(completions, **kwargs):
-    return [sum(c in "aeiou0123" for c in m[-1]["content"]) / 8 for m in completions]
-
-def spread(completions, **kwargs):  # another one for each text
-    return [sum(m[-1]["content"].encode()) % 97 / 97 for m in completions]
-
-def resident(completions, trainer_state=None, **kwargs):
-    if trainer_state:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        with open("resident.txt", "a") as file:
-            print(pages * os.sysconf("SC_PAGESIZE") / 1e6, file=file)
-    return vowels(completions)
-
-def known(completions, trainer_state=None, **kwargs):
-    if trainer_state and trainer_state.global_step:
-        Path(f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
-    return vowels(completions)
-
-def written(self, prompt_ids, *_, **__):  # of a prompt's copies each another text, by itself
-    group = self.num_generations if self.model.training else 1
-    return [[9 + (sum(ids) + 7 * (i % group) + k * k) % 250 for k in range(6)]
-            for i, ids in enumerate(prompt_ids)], None
-
-if os.environ.get("FIXED"):
-    import trl
-    trl.GRPOTrainer._generate_single_turn = written
-"""
-
-
-def launched(*argv, **env):
-    return subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
-         "--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no",
-         str(HERE / "reasoning_model_grpo.py"), *argv], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=os.environ | env, start_new_session=True)
+    killed_at_random(furnish(tmp_path), 40, arguments(
+        tiny_model, "--max-steps", "3", "--warm-start", "3", "--save-steps", "1"))
 
 
 @slow
-def test_three_hundred_steps_take_no_more_memory_and_leave_two_checkpoints(
-        workplace, tiny_model):
-    import numpy
-
-    (workplace / "odd.py").write_text(ODD)
-    done = command("reasoning_model_grpo.py", *arguments(
-        tiny_model, "--max-steps", "300", "--save-steps", "20", "--eval-questions", "0",
-        "--eval-steps", "0", reward="odd.py:resident"), cwd=workplace)
-    assert done.returncode == 0, done.stderr[-3000:]
-    sizes = [float(size) for size in Path("resident.txt").read_text().split()][-150:]
-    slope = numpy.polyfit(range(150), sizes, 1)[0]  # fails unless every step was counted
-    print(f"{sizes[-1]:.0f} MB, {slope:+.4f} MB a step over the last 150 of 300")
-    assert slope < 0.03  # a step's logits, were they kept; its line of the log takes some kB
-    assert sorted(path.name for path in RUN.glob("checkpoint-*")) == [
-        "checkpoint-280", "checkpoint-300"]
-
-
-@slow
-def test_when_one_of_two_processes_is_killed_the_other_ends_too(workplace, tiny_model):
-    (workplace / "odd.py").write_text(ODD)
-    run = launched(*arguments(tiny_model, "--batch-size", "2", "--max-steps", "9999",
-                              "--eval-questions", "0", reward="odd.py:known"))
-    try:
-        begun = time.time()
-        while not all(Path(f"rank-{n}").exists() for n in (0, 1)):
-            assert run.poll() is None and time.time() - begun < 120, run.communicate()[1][-3000:]
-            time.sleep(0.05)
-        ranks = [int(Path(f"rank-{n}").read_text()) for n in (0, 1)]
-        begun = time.time()
-        os.kill(ranks[1], signal.SIGKILL)
-        _, said = run.communicate(timeout=90)
-        print(f"ended {time.time() - begun:.1f} s after the kill")
-        assert run.returncode and re.search("SIGKILL|Signal 9|-9", said), said[-3000:]
-        with pytest.raises(ProcessLookupError):
-            os.kill(ranks[0], 0)
-    finally:
-        if run.poll() is None:
-            os.killpg(run.pid, signal.SIGKILL)
-
-
-@slow
-def test_two_processes_learn_what_one_with_twice_the_batch_does(
-        workplace, tiny_model):
-    """Given the same completions: draws differ, as every process has a seed of its own."""
-    import torch
-
-    (workplace / "odd.py").write_text(ODD)
-    runs = {}
-    for batch, run in (("8", "one"), ("4", "two")):
-        argv = arguments(tiny_model, "--batch-size", batch, "--eval-questions", "0", "--output-dir",
-                         run, "--max-steps", "4", "--learning-rate", "1e-3",
-                         reward="odd.py:spread")
-        if run == "two":
-            whole = launched(*argv, FIXED="1")
-            assert whole.communicate(timeout=300) and whole.returncode == 0
-        else:
-            done = subprocess.run([sys.executable, HERE / "reasoning_model_grpo.py", *argv],
-                                  capture_output=True, text=True, env=os.environ | {"FIXED": "1"})
-            assert done.returncode == 0, done.stderr[-3000:]
-        runs[run] = [row for row in read_rows(f"{run}/metrics.jsonl") if "loss" in row]
-    for one, two in zip(runs["one"], runs["two"], strict=True):
-        assert one["reward"] == pytest.approx(two["reward"], abs=1e-6) and one["reward_std"] > 0
-        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
-        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
-    one, two = (weights(f"{run}/grpo_saved_lora") for run in runs)
-    apart = max(float((one[name] - two[name]).abs().max()) for name in one)
-    moved = max(float(one[name].abs().max()) for name in one if "lora_B" in name)
-    print(f"weights {apart:.1e} apart, moved by {moved:.1e}")
-    assert apart < moved / 50 and torch.isfinite(torch.tensor(apart))
+def test_killed_at_any_moment_a_validated_run_keeps_the_adapter_of_an_unbroken_one(
+        tmp_path, tiny_model):
+    killed_at_random(furnish(tmp_path), 8, arguments(
+        tiny_model, "--max-steps", "4", "--warm-start", "3", "--save-steps", "1", "--eval-steps",
+        "1", "--learning-rate", "1e-3"))
 
 
 @slow
@@ -947,84 +722,7 @@ def test_the_same_command_gives_the_same_adapter(workplace, tiny_model):
     argv = arguments(tiny_model, "--warm-start", "1", "--eval-steps", "1", "--eval-questions", "0")
     for name in ("first", "second"):
         script.main([*argv, "--output-dir", name])
-    first, second = (Path(name, "grpo_saved_lora", WEIGHTS).read_bytes()
-                     for name in ("first", "second"))
-    assert first == second
-
-
-@slow
-def test_killed_at_any_moment_a_validated_run_keeps_the_adapter_of_an_unbroken_one(
-        tmp_path, tiny_model):
-    argv = arguments(tiny_model, "--max-steps", "4", "--warm-start", "3", "--save-steps", "1",
-                     "--eval-steps", "1", "--learning-rate", "1e-3")
-    done = subprocess.run([sys.executable, "-c", KILLER, str(HERE), "8", *argv],
-                          cwd=furnish(tmp_path), capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
-    print(done.stdout)
-
-
-# Where Ctrl-C comes: the file that is there by then, how often it is typed, how the run ends.
-PHASES = {
-    "the first evaluation": ("args.json", 1, 130),
-    "the warm start": ("warm_start/checkpoint-2/trainer_state.json", 1, 130),
-    "the second evaluation": ("warm_start_lora/args.json", 1, 130),
-    "a step": ("checkpoint-2/trainer_state.json", 1, 0),
-    "a step, twice": ("checkpoint-2/trainer_state.json", 2, 130),
-    "the last evaluation": ("grpo_saved_lora/args.json", 1, 130)}
-INTERRUPTER = KILLER[: KILLER.index("begun = time.time()")] + """
-import re, shlex
-def end_of(pid, most=120):
-    begun = time.time()
-    while time.time() - begun < most:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    return "hung"
-
-def start(words):
-    pid = os.fork()
-    if pid:
-        return pid
-    sys.stdout = sys.stderr = open("log.txt", "w", buffering=1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        script.main(words)
-        os._exit(0)
-    except SystemExit as end:
-        os._exit(end.code or 0)
-    except BaseException as problem:
-        print("Traceback", repr(problem))
-        os._exit(9)
-
-assert end_of(start([*argv, "--output-dir", "whole"])) == 0, log()
-whole, found = result(Path("whole")), {}
-for n, (phase, (marker, times, _)) in enumerate(json.loads(wanted).items()):
-    run = Path(f"run{n}")
-    pid = start([*argv, "--output-dir", str(run)])
-    while not (run / marker).exists() and not os.waitpid(pid, os.WNOHANG)[0]:
-        time.sleep(0.002)
-    for _ in range(times):
-        os.kill(pid, signal.SIGINT)
-        time.sleep(0.05)
-    code, said = end_of(pid), log()
-    told = re.search("go on with: python .*reasoning_model_grpo.py (.*)", said)
-    again = end_of(start(shlex.split(told[1]))) if told else "was not told how"
-    found[phase] = [code, "Traceback" in said, again, told and result(run) == whole, said[-600:]]
-print(json.dumps(found))
-"""
-
-
-@slow
-def test_ctrl_c_in_every_phase_says_how_to_go_on_and_that_goes_on(tmp_path, tiny_model):
-    argv = arguments(tiny_model, *FOUR_STEPS)
-    done = subprocess.run([sys.executable, "-c", INTERRUPTER, str(HERE), json.dumps(PHASES), *argv],
-                          cwd=furnish(tmp_path), capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    for phase, (_, _, code) in PHASES.items():
-        assert found[phase][:4] == [code, False, 0, True], (phase, found[phase])
+    assert same_weights("first/grpo_saved_lora", "second/grpo_saved_lora")
 
 
 @pytest.mark.parametrize("script", ["reasoning_model_grpo.py", "infer.py"])
@@ -1064,3 +762,105 @@ def test_an_interrupted_cell_saves_and_the_kernel_lives_on(workplace, tiny_model
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
+
+
+# ---- Long runs, several processes ----------------------------------------------------------------
+ODD = r"""
+import os
+from pathlib import Path
+
+def spread(completions, **kwargs):  # another one for each text
+    return [sum(m[-1]["content"].encode()) % 97 / 97 for m in completions]
+
+def resident(completions, trainer_state=None, **kwargs):
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    with open("resident.txt", "a") as file:
+        print(pages * os.sysconf("SC_PAGESIZE") / 1e6, file=file)
+    return spread(completions)
+
+def known(completions, trainer_state=None, **kwargs):
+    if trainer_state and trainer_state.global_step:
+        Path(f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
+    return spread(completions)
+
+def written(self, prompt_ids, *_, **__):  # of a prompt's copies each another text, by itself
+    group = self.num_generations if self.model.training else 1
+    return [[9 + (sum(ids) + 7 * (i % group) + k * k) % 250 for k in range(6)]
+            for i, ids in enumerate(prompt_ids)], None
+
+if os.environ.get("FIXED"):
+    import trl
+    trl.GRPOTrainer._generate_single_turn = written
+"""
+
+
+@slow
+def test_three_hundred_steps_take_no_more_memory_and_leave_two_checkpoints(
+        workplace, tiny_model):
+    import numpy
+
+    (workplace / "odd.py").write_text(ODD)
+    done = command("reasoning_model_grpo.py", *arguments(
+        tiny_model, "--max-steps", "300", "--save-steps", "20", "--eval-questions", "0",
+        "--eval-steps", "0", reward="odd.py:resident"), cwd=workplace)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sizes = [float(size) for size in Path("resident.txt").read_text().split()][-150:]
+    slope = numpy.polyfit(range(150), sizes, 1)[0]  # fails unless every step was counted
+    print(f"{sizes[-1]:.0f} MB, {slope:+.4f} MB a step over the last 150 of 300")
+    assert slope < 0.03  # a step's logits, were they kept; its line of the log takes some kB
+    assert sorted(path.name for path in RUN.glob("checkpoint-*")) == [
+        "checkpoint-280", "checkpoint-300"]
+
+
+def launched(processes: int, *argv, **env):
+    return subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1",
+         *["--multi_gpu"] * (processes > 1), "--num_processes", str(processes),
+         "--mixed_precision", "no", "--dynamo_backend", "no",
+         str(HERE / "reasoning_model_grpo.py"), *argv], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=os.environ | env, start_new_session=True)
+
+
+@slow
+def test_when_one_of_two_processes_is_killed_the_other_ends_too(workplace, tiny_model):
+    (workplace / "odd.py").write_text(ODD)
+    run = launched(2, *arguments(tiny_model, "--batch-size", "2", "--max-steps", "9999",
+                                 "--eval-steps", "1", "--warm-start", "1", reward="odd.py:known"))
+    try:
+        begun = time.time()
+        while not all(Path(f"rank-{n}").exists() for n in (0, 1)):
+            assert run.poll() is None and time.time() - begun < 120, run.communicate()[1][-3000:]
+            time.sleep(0.05)
+        ranks = [int(Path(f"rank-{n}").read_text()) for n in (0, 1)]
+        os.kill(ranks[1], signal.SIGKILL)
+        printed, said = run.communicate(timeout=90)
+        assert run.returncode and re.search("SIGKILL|Signal 9|-9", said), said[-3000:]
+        assert printed.count("recipe:") == 1 and printed.count("step 1/9999") == 1
+        with pytest.raises(ProcessLookupError):
+            os.kill(ranks[0], 0)
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+
+
+@slow
+def test_two_processes_learn_what_one_with_twice_the_batch_does(workplace, tiny_model):
+    """Given the same completions: draws differ, as every process has a seed of its own."""
+    (workplace / "odd.py").write_text(ODD)
+    runs = []
+    for n, batch in ((1, "8"), (2, "4")):
+        run = launched(n, *arguments(
+            tiny_model, "--batch-size", batch, "--output-dir", str(n), "--max-steps", "4",
+            "--learning-rate", "1e-3", reward="odd.py:spread"), FIXED="1")
+        printed, said = run.communicate(timeout=300)
+        assert run.returncode == 0 and "4 x 2 questions x 4 completions" in printed, said[-3000:]
+        assert printed.count("step 4/4") == 1 and Path(f"{n}/evaluation_after.jsonl").is_file()
+        runs.append([row for row in read_rows(f"{n}/metrics.jsonl") if "loss" in row])
+    for one, two in zip(*runs, strict=True):
+        assert one["reward"] == pytest.approx(two["reward"], abs=1e-6) and one["reward_std"] > 0
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+    one, two = (weights(f"{n}/grpo_saved_lora") for n in (1, 2))
+    apart = max(float((one[name] - two[name]).abs().max()) for name in one)
+    moved = max(float(one[name].abs().max()) for name in one if "lora_B" in name)
+    assert apart < moved / 50, f"weights {apart:.1e} apart, moved by {moved:.1e}"
