@@ -1,15 +1,9 @@
-"""What people bring, by kinds: `pytest test_field.py`, and `pytest -m slow test_field.py` for more.
-
-Adapters of all of PEFT's options, rewards as TRL calls them, rows from Python, files as they are
-published, paths and printed commands, and the places it runs in.
-"""
+"""What people bring, by kinds: `pytest test_field.py`, and `pytest -m slow test_field.py`."""
 # ruff: noqa: F811  (fixtures are imported, and named as arguments)
 
-import bz2
 import io
 import json
 import logging
-import lzma
 import os
 import re
 import shlex
@@ -17,16 +11,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from test_scripts import (  # noqa: F401  (first of ours: it keeps every test off the Hub)
-    CHEAP, HERE, arguments, command, copied, lines, load, read_rows, stopped, tiny_model, trained,
-    turn, workplace,
+    CHEAP, HERE, arguments, command, furnish, lines, load, read_rows, stopped, tiny_model, turn,
+    workplace,
 )
 import benchmark
 import infer
@@ -54,24 +48,22 @@ def base_of(tiny_model, tmp_path_factory):
     import torch
     import transformers
 
-    place, made = tmp_path_factory.mktemp("families"), {}
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
 
+    @cache
     def make(kind: str, tied: bool) -> Path:
-        if (kind, tied) not in made:
-            size = {"vocab_size": len(tokenizer), "initializer_range": 0.2, "pad_token_id": 0,
-                    "tie_word_embeddings": tied, "eos_token_id": tokenizer.eos_token_id,
-                    "bos_token_id": tokenizer.bos_token_id}
-            if kind != "GPT2":
-                size |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-                         "num_attention_heads": 2, "num_key_value_heads": 1,
-                         "max_position_embeddings": 2048}
-            torch.manual_seed(1)
-            config = getattr(transformers, f"{kind}Config")(**size | FAMILIES[kind][0])
-            made[kind, tied] = place / f"{kind}-{tied}"
-            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(made[kind, tied])
-            tokenizer.save_pretrained(made[kind, tied])
-        return made[kind, tied]
+        size = {"vocab_size": len(tokenizer), "initializer_range": 0.2, "pad_token_id": 0,
+                "tie_word_embeddings": tied, "eos_token_id": tokenizer.eos_token_id}
+        if kind != "GPT2":
+            size |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                     "num_attention_heads": 2, "num_key_value_heads": 1,
+                     "max_position_embeddings": 2048}
+        torch.manual_seed(1)
+        config = getattr(transformers, f"{kind}Config")(**size | FAMILIES[kind][0])
+        place = tmp_path_factory.mktemp("families") / kind
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        return place
 
     return make
 
@@ -82,19 +74,16 @@ def options(targets, table) -> dict:
     return {
         "plain": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True},
         "ranks": {"rank_pattern": {targets[0]: 8}}, "alphas": {"alpha_pattern": {targets[-1]: 32}},
-        "bias all": {"bias": "all"}, "bias lora_only": {"bias": "lora_only"},
-        "bias of LoRA": {"lora_bias": True}, "one layer": {"layers_to_transform": [1]},
+        "bias": {"bias": "all"}, "bias of LoRA": {"lora_bias": True},
+        "one layer": {"layers_to_transform": [1]}, "all linear": {"target_modules": "all-linear"},
         "regex": {"target_modules": rf".*\.1\..*({'|'.join(targets)})"},
-        "all linear": {"target_modules": "all-linear"},
         **{name: {"init_lora_weights": name} for name in (
             "gaussian", "olora", "pissa", "orthogonal")},
         "head": {"target_modules": head}, "table": {"target_modules": [*targets, table]},
         "both": {"target_modules": [table, "lm_head"]},
-        "head, saved by default": {"target_modules": head, "save": "auto"},
         "table, saved by default": {"target_modules": [*targets, table], "save": "auto"},
         "dora of the table": {"use_dora": True, "target_modules": [*targets, table]},
         "tied head": {"target_modules": head, "ensure_weight_tying": True},
-        "whole head": {"modules_to_save": ["lm_head"]},
         "whole both": {"modules_to_save": [table, "lm_head"]},
         "whole both, tied": {"modules_to_save": [table, "lm_head"], "ensure_weight_tying": True},
         "tokens": {"trainable_token_indices": [65, 66]},
@@ -168,7 +157,6 @@ REFUSED = {  # what is no adapter of this base as it was trained: (LoraConfig's 
     "layers twice": ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
     "a bias where there is none": ({"lora_bias": True}, "has no bias"),
     "more tokens": ({"added": 8, "modules_to_save": ["embed_tokens", "lm_head"]}, "can't be put"),
-    "more tokens, beside": ({"added": 8, "save": True}, "can't be put"),
 }
 
 
@@ -185,13 +173,10 @@ def test_what_can_not_answer_as_trained_is_refused_before_anything(
     assert not Path("outputs").exists() and not Path("merged_16bit").exists()
 
 
-def test_what_training_would_lose_or_change_twice_is_refused_in_a_dry_run(
-        base_of, workplace, capsys):
-    base = base_of("Llama", True)
-    make_adapter(base, Path("brought"), {"save": True})
-    told = arguments(base, "--dry-run")
-    line = stopped(capsys, script.main, [*told, "--adapter", "brought"])
-    assert ("embed_tokens.weight" in line or "lm_head" in line) and "--export merged" in line
+def test_what_training_would_lose_or_change_twice_is_refused(base_of, workplace, capsys):
+    told = arguments(base_of("Llama", True), "--dry-run")
+    make_adapter(base_of("Llama", True), Path("brought"), {"save": True})
+    assert "--export merged" in stopped(capsys, script.main, [*told, "--adapter", "brought"])
     for target in ("lm_head", "embed_tokens"):
         line = stopped(capsys, script.main, [*told, "--lora-targets", "q_proj", target])
         assert "one matrix" in line
@@ -204,19 +189,11 @@ VLLM_TAKES = {"plain", "rslora", "one layer", "regex", "all linear", "gaussian"}
 def test_what_vllm_would_leave_out_in_silence_goes_to_transformers(base_of, workplace):
     """vLLM reads r, lora_alpha, use_rslora and lora_A, lora_B of layers; of another rank, alpha or
     beginning it knows nothing, and passes over saved embeddings (its peft_helper, lora_model)."""
-    import torch
-    from safetensors.torch import load_file
-
-    place = Path("brought")
     for name, fields in options(*FAMILIES["Llama"][1:]).items():
-        make_adapter(base_of("Llama", True), place, fields)
-        assert (infer.beyond_vllm(place) is None) == (name in VLLM_TAKES), name
-    make_adapter(base_of("Llama", True), place, {})
-    torch.save(load_file(place / "adapter_model.safetensors"), place / "adapter_model.bin")
-    (place / "adapter_model.safetensors").unlink()
-    assert infer.beyond_vllm(place) is None
-    (place / "adapter_model.bin").write_bytes(b"no weights")
-    assert "can't be read" in infer.beyond_vllm(place)
+        make_adapter(base_of("Llama", True), Path("brought"), fields)
+        assert (infer.beyond_vllm(Path("brought")) is None) == (name in VLLM_TAKES), name
+    Path("brought/adapter_model.safetensors").rename("brought/adapter_model.bin")
+    assert "can't be read" in infer.beyond_vllm(Path("brought"))
 
 
 # ---- A reward gets what TRL gives ----------------------------------------------------------------
@@ -233,8 +210,7 @@ def rank(completions, trainer_state, prompts, **kwargs):
     return values
 
 
-NAMES = ["text", "tokens", "solution", "fmt", "row", "image", "images", "label", "name", "prompt",
-         "mode", "weights", "columns"]
+NAMES = ["text", "tokens", "solution", "fmt", "row", "images", "label", "prompt", "columns"]
 TRLS = ["prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"]
 
 
@@ -258,79 +234,49 @@ def test_the_trial_calls_as_a_step_does_with_every_column(tiny_model, workplace,
     said = [line for line in capsys.readouterr().out.splitlines() if "completion_ids" in line]
     assert len(said) == 1 and "TRL" in said[0] and all(name in said[0] for name in TRLS)
     Path("named.jsonl").write_text(lines(rows))
-    for name in ("cookbook", "qwen-0.5b-fp32"):  # our own rewards mind no column
-        script.main(arguments(tiny_model, "--dry-run", "--reward-funcs",
-                              *script.RECIPES[name]["reward_funcs"], dataset="named.jsonl"))
-
-
-@pytest.mark.parametrize("name", [*TRLS, "text", "row"])
-def test_a_question_column_may_have_a_name_that_is_given(name, tiny_model, workplace):
-    Path("odd.jsonl").write_text(lines(
-        {name: row["question"], "gold": row["answer"]} for row in read_rows("data.jsonl")))
-    script.main(arguments(tiny_model, "--dry-run", "--question-column", name,
-                          "--answer-column", "gold", dataset="odd.jsonl"))
+    for name in TRLS:  # our own rewards mind no column
+        script.main(arguments(tiny_model, "--dry-run", "--question-column", name, "--reward-funcs",
+                              *script.RECIPES["cookbook"]["reward_funcs"], dataset="named.jsonl"))
 
 
 BROUGHT = '''
 import asyncio, functools
 from concurrent.futures import ProcessPoolExecutor
 
-import numpy
-import torch
-
 import neighbour_of_mine
 
-def text(completion):
-    return completion[-1]["content"]
-
 def score(completion):
-    return float(len(text(completion)) % 7)
+    return float(len(completion[-1]["content"]) % 7)
 
 def executor(completions, **kwargs):
     with ProcessPoolExecutor(2) as pool:
         return list(pool.map(score, completions))
 
 def neighbour(completions, **kwargs):
-    return [neighbour_of_mine.score(text(completion)) for completion in completions]
-
-def array(completions, **kwargs):
-    return numpy.array([score(completion) for completion in completions])
-
-def tensor(completions, **kwargs):
-    return torch.tensor([score(completion) for completion in completions], requires_grad=True)
-
-def scalars(completions, **kwargs):
-    return [torch.tensor(score(completion)) for completion in completions]
-
-def truths(completions, **kwargs):
-    return (score(completion) > 3 for completion in completions)
-
-def some(completions, **kwargs):
-    return [None if score(completion) > 3 else 1 for completion in completions]
+    return [neighbour_of_mine.score(completion) for completion in completions]
 
 shorter = lambda completions, **kwargs: [-score(completion) for completion in completions]
 half = functools.partial(lambda share, completions, **kwargs: [share for _ in completions], 0.5)
 
 class Scorer:
     def __call__(self, completions, **kwargs):
-        return array(completions)
+        return shorter(completions)
     def method(self, completions, **kwargs):
-        return array(completions)
+        return shorter(completions)
 
 class Later(Scorer):
     async def __call__(self, completions, **kwargs):
         await asyncio.sleep(0)
-        return array(completions)
+        return shorter(completions)
 
 async def later(completions, **kwargs):
-    return array(completions)
+    return shorter(completions)
 
 scorer, awaited, method = Scorer(), Later(), Scorer().method
 partial_later = functools.partial(later, kind="soon")
 '''
-KINDS_OF_REWARDS = [
-    "executor", "neighbour", "array", "tensor", "scalars", "truths", "some", "shorter", "half",
-    "scorer", "awaited", "method", "later", "partial_later"]
+CALLED = ["executor", "neighbour", "shorter", "half", "scorer", "awaited", "method", "later",
+          "partial_later"]
 
 
 @pytest.fixture
@@ -338,25 +284,28 @@ def brought(workplace) -> Path:
     """A file of rewards, in a directory of its own, beside a file that it imports."""
     place = workplace / "my rewards"
     place.mkdir()
-    (place / "neighbour_of_mine.py").write_text("def score(text):\n    return len(text) % 5\n")
+    (place / "neighbour_of_mine.py").write_text("score = len")
     (place / "brought-1.py").write_text(BROUGHT)
     return place / "brought-1.py"
 
 
-def test_rewards_of_all_kinds_are_called(tiny_model, brought, capsys):
+@pytest.mark.parametrize("name", ["brought-1", "rewards", "json", "sitecustomize", "a b"])
+def test_rewards_of_all_kinds_in_a_file_of_any_name_are_called(name, tiny_model, brought, capsys):
+    file = brought.rename(brought.with_name(f"{name}.py"))
     script.main([*arguments(tiny_model, "--dry-run"), "--reward-funcs",
-                 *(f"{brought}:{name}" for name in KINDS_OF_REWARDS)])
-    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rewards:")]
-    assert said.split(maxsplit=1)[1] == " + ".join(f"1 {name}" for name in KINDS_OF_REWARDS)
-
-
-@pytest.mark.parametrize("name", ["rewards", "json", "sitecustomize", "a b"])
-def test_a_file_of_rewards_may_have_any_name(name, tiny_model, brought, capsys):
-    taken = brought.rename(brought.with_name(f"{name}.py"))
-    script.main([*arguments(tiny_model, "--dry-run"), "--reward-funcs", f"{taken}:executor",
-                 f"{taken}:neighbour"])
-    assert "rewards:   1 executor + 1 neighbour" in capsys.readouterr().out
+                 *(f"{file}:{func}" for func in CALLED)])
+    assert f"rewards:   {' + '.join(f'1 {func}' for func in CALLED)}\n" in capsys.readouterr().out
     assert json.loads("[1]") == [1]  # the library of that name is still itself
+
+
+def test_values_of_all_kinds_are_taken(tiny_model, workplace):
+    import numpy
+    import torch
+
+    for kind in (numpy.array, partial(torch.tensor, requires_grad=True), lambda x: [None, *x[1:]],
+                 lambda x: map(torch.tensor, x), lambda x: (value > 3 for value in x)):
+        script.main(arguments(tiny_model, "--dry-run"), reward_funcs=lambda completions, kind=kind,
+                    **_: kind([float(len(one[-1]["content"]) % 7) for one in completions]))
 
 
 @pytest.mark.parametrize("given, says", [
@@ -372,13 +321,12 @@ def test_what_are_no_rewards_or_no_rows_is_named_in_one_line(
 
 
 @slow
-def test_rewards_that_rank_their_group_do_so_in_training_and_validation(
-        tiny_model, brought, capsys):
-    calls, keys = [], []
+def test_rewards_that_rank_their_group_do_so_in_training_and_validation(tiny_model, brought):
+    calls, keys = set(), []
 
     def spy(**given):
         keys.append(given.keys())
-        calls.append((given["trainer_state"].global_step, len(given["completions"])))
+        calls.add((given["trainer_state"].global_step, len(given["completions"])))
         return rank(**given)
 
     told = arguments(tiny_model, "--eval-steps", "1")
@@ -386,9 +334,9 @@ def test_rewards_that_rank_their_group_do_so_in_training_and_validation(
     assert all(one - keys[0] <= {"environments"} and keys[0] <= one for one in keys)
     assert (1, 4) in calls and all(size % 4 == 0 for _, size in calls)
     script.main([*told, "--output-dir", "all", "--reward-funcs",
-                 *(f"{brought}:{name}" for name in KINDS_OF_REWARDS)])
-    logged = [row for row in read_rows("all/metrics.jsonl") if "loss" in row]
-    assert all(f"rewards/{name}/mean" in logged[0] for name in KINDS_OF_REWARDS)
+                 *(f"{brought}:{name}" for name in CALLED)])
+    (first, *_) = [row for row in read_rows("all/metrics.jsonl") if "loss" in row]
+    assert all(f"rewards/{name}/mean" in first for name in CALLED)
 
 
 # ---- From Python, as TRL and datasets take it ----------------------------------------------------
@@ -401,13 +349,10 @@ def shapes(rows: list[dict]) -> dict:
     parts = {"train": datasets.Dataset.from_list(rows[:30]),
              "test": datasets.Dataset.from_list(rows[30:])}
     return {
-        "rows": rows, "tuple": tuple(rows), "generator": (row for row in rows),
-        "map": map(dict, rows), "Dataset": whole, "view": whole.select(range(40)),
-        "numpy": numpy.array(rows, dtype=object), "DataFrame": pandas.DataFrame(rows),
-        "DataFrame of odd columns": pandas.DataFrame(rows).assign(**{"0": 1}).rename(
-            columns={"0": 0}),
-        "IterableDataset": whole.to_iterable_dataset(),
-        "formatted": whole.with_format("numpy"), "torch": whole.with_format("torch"),
+        "rows": rows, "generator": (row for row in rows), "Dataset": whole,
+        "numpy": numpy.array(rows, dtype=object),
+        "DataFrame of odd columns": pandas.DataFrame(rows).assign(a=1).rename(columns={"a": 0}),
+        "IterableDataset": whole.to_iterable_dataset(), "formatted": whole.with_format("torch"),
         "DatasetDict": datasets.DatasetDict(parts), "dict": parts,
         "only a test split": datasets.DatasetDict({"test": whole}),
         "IterableDatasetDict": datasets.IterableDatasetDict(
@@ -438,12 +383,10 @@ def test_rows_come_as_trl_and_datasets_give_them_and_none_is_lost(tiny_model, wo
 
 # ---- Files and folders as they are published -----------------------------------------------------
 TEN = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(10)]
-WHOLE = lines(TEN).encode()
 
 
 def said(place, *more):
-    """(how many questions to train on, how many held out) of a data set at `place`."""
-    train, test = load("--dataset", str(place), *more)
+    train, test = load("--dataset", str(Path(place).resolve()), *more)
     assert {row["question"] for row in train + test} <= {row["question"] for row in TEN}
     return len(train), len(test)
 
@@ -454,40 +397,21 @@ def table(rows):
     return pandas.DataFrame(rows)
 
 
-def zipped(path):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("data.jsonl", WHOLE)
-
-
-COMPRESSED = {
-    "a.jsonl.bz2": lambda path: path.write_bytes(bz2.compress(WHOLE)),
-    "a.jsonl.xz": lambda path: path.write_bytes(lzma.compress(WHOLE)),
-    "a.jsonl.zip": zipped,
-    "a.csv.bz2": lambda path: table(TEN).to_csv(path, index=False),
-    "a.tsv.xz": lambda path: table(TEN).to_csv(path, index=False, sep="\t"),
-}
-
-
-@pytest.mark.parametrize("name", COMPRESSED)
-def test_compressed_files_are_read(name, workplace):
-    COMPRESSED[name](Path(name))
-    assert said(name) == (9, 1)
-
-
 ODD_NAMES = ["a b.jsonl", "it's \"mine\".jsonl", "café ünï 数据.jsonl", "train[1].jsonl",
              "a*b?.jsonl", "a::b.jsonl", "{a}.jsonl", "100%.jsonl", "#1.jsonl", "-a.jsonl",
              "v1.0-train.final.jsonl", "x&y;z.jsonl", "a:b.jsonl"]
 
 
-def test_files_and_folders_of_any_name_are_read(workplace):
-    for name in ODD_NAMES:
-        Path(name).write_bytes(WHOLE)
-        assert said(Path(name).resolve()) == (9, 1), name
-        folder = Path(f"folder {name}"[:-6])
-        folder.mkdir()
-        (folder / "train.jsonl").write_bytes(WHOLE)
-        if not any(sign in name for sign in ("[", "*", "::")):  # of which datasets makes patterns
-            assert said(folder) == (9, 1), folder
+def test_files_of_any_name_compressed_or_not_are_read(workplace):
+    for name in (*ODD_NAMES, "a.jsonl.bz2", "a.jsonl.xz", "a.jsonl.zip"):
+        table(TEN).to_json(name, orient="records", lines=True)
+        assert said(name) == (9, 1), name
+    for name, comma in (("a.csv.bz2", ","), ("a.tsv.xz", "\t")):
+        table(TEN).to_csv(name, index=False, sep=comma)
+        assert said(name) == (9, 1), name
+    long = "How many? " + "very long " * 30_000 + "?"
+    Path("long.csv").write_text(f'question,answer\n"{long}",1\n')
+    assert script.read_data(Path("long.csv")) == ([{"question": long, "answer": "1"}], [])
 
 
 def published(place: str, card="", **files) -> Path:
@@ -515,37 +439,29 @@ def test_a_configuration_of_a_folder_is_read_or_the_line_names_them(workplace, c
     for more in ([], ["--dataset-config", "mian"]):
         line = stopped(capsys, load, "--dataset", str(place), *more)
         assert "main" in line and "socratic" in line
-    one = published("one", configuration("only", train="a.jsonl"), a=TEN)
-    assert said(one) == said(one, "--dataset-config", "only") == (9, 1)
-    default = published("default", configuration("default", train="a.jsonl") + configuration(
-        "other", train="b.jsonl"), a=TEN, b=TEN[:5])
-    assert said(default) == (9, 1) and said(default, "--dataset-config", "other") == (4, 1)
 
 
-def test_a_folder_of_one_split_or_of_many_parts_is_read(workplace):
+def test_folders_of_any_name_of_one_split_or_of_many_parts_are_read(workplace):
+    for name in ODD_NAMES:
+        if not any(sign in name for sign in ("[", "*", "::")):  # of which datasets makes patterns
+            assert said(published(name, train=TEN)) == (9, 1), name
     for split in ("train", "test", "validation", "gsm8k"):
         assert said(published(f"only {split}", **{split: TEN})) == (9, 1), split
     shards = {f"data__train-0000{i}-of-00002": TEN[5 * i : 5 * i + 5] for i in range(2)}
     assert said(published("shards", **shards)) == (9, 1)
     assert said(published("split", train=TEN[:6], test=TEN[8:], validation=TEN[6:8])) == (6, 2)
-    Path("plain").mkdir()
-    table(TEN).to_parquet("plain/train-0.parquet")
-    assert said("plain") == (9, 1)
 
 
-def conversation(question, kind):
-    part = {"type": "text", "text": question}
-    return {
-        "two parts": [{"role": "user", "content": [{"type": "text", "text": "Think."}, part]}],
-        "a picture too": [{"role": "user", "content": [{"type": "image"}, part]}],
-        "ShareGPT": [{"from": "system", "value": "s"}, {"from": "human", "value": question},
-                     {"from": "gpt", "value": "1"}],
-    }[kind]
+CHATS = [  # around a question
+    lambda text: [turn([{"type": "text", "text": "Think."}, {"type": "text", "text": text}])],
+    lambda text: [turn([{"type": "image"}, {"type": "text", "text": text}])],
+    lambda text: [{"from": "system", "value": "s"}, {"from": "human", "value": text},
+                  {"from": "gpt", "value": "1"}]]
 
 
-@pytest.mark.parametrize("kind", ["two parts", "a picture too", "ShareGPT"])
-def test_conversations_of_all_layouts_give_their_question(kind, workplace):
-    rows = [{"chat": conversation(row["question"], kind), "answer": row["answer"]} for row in TEN]
+@pytest.mark.parametrize("chat", CHATS)
+def test_conversations_of_all_layouts_give_their_question(chat, workplace):
+    rows = [{"chat": chat(row["question"]), "answer": row["answer"]} for row in TEN]
     Path("chat.jsonl").write_text(lines(rows))
     table(rows).to_parquet("chat.parquet")
     named = ["--question-column", "chat"]
@@ -557,7 +473,7 @@ def test_conversations_of_all_layouts_give_their_question(kind, workplace):
 
 
 @pytest.mark.parametrize("chat", [
-    [{"speaker": "user", "text": "a"}], {"user": "a"}, [["user", "a"]], [turn("a", "assistant")]])
+    [{"speaker": "user", "text": "a"}], [["user", "a"]], [turn("a", "assistant")]])
 def test_a_layout_that_is_not_read_is_told_those_that_are(chat, workplace, capsys):
     Path("odd.jsonl").write_text(lines([{"chat": chat, "answer": 1}]))
     line = stopped(capsys, load, "--dataset", "odd.jsonl", "--question-column", "chat")
@@ -573,40 +489,29 @@ def test_columns_of_lists_reach_a_reward_as_lists(tiny_model, workplace):
     assert seen == [rows[0]["cases"]] * 4
 
 
-def test_fields_of_any_length_are_read(workplace):
-    long = "How many? " + "very long " * 30_000 + "?"
-    for file, text in {"long.jsonl": lines([{"question": long, "answer": "1"}]),
-                       "long.csv": f'question,answer\n"{long}",1\n'}.items():
-        Path(file).write_text(text)
-        (row,) = script.read_data(Path(file))[0]
-        assert row["question"] == long, file
-
-
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "folder/train.jsonl",
-                                  "deep/data/train-0.parquet"])
-def test_data_that_git_lfs_has_not_fetched_is_said(name, workplace, capsys, caplog):
-    file = Path(name)
+@pytest.mark.parametrize("name", [
+    "a.jsonl", "a.parquet", "folder/train.jsonl", "deep/data/train-0.parquet",
+    "base/model.safetensors", "base/tokenizer.json"])
+def test_what_git_lfs_has_not_fetched_is_said(name, tiny_model, workplace, capsys, caplog):
+    file, option = Path(name), "--model" if "base" in name else "--dataset"
+    shutil.copytree(tiny_model, "base")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(POINTER)
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     caplog.set_level(logging.CRITICAL, logger="datasets")  # as DATASETS_VERBOSITY in a process
-    line = stopped(capsys, load, "--dataset", file.parts[0], informed=True)
-    assert "git lfs pull" in line
+    told = [*arguments(tiny_model, "--dry-run"), option, file.parts[0]]
+    assert "git lfs pull" in stopped(capsys, script.main, told, informed=True)
 
 
 # ---- Paths, and the commands that are printed ----------------------------------------------------
 @pytest.fixture
 def home(workplace, tiny_model, monkeypatch) -> Path:
-    """A home with a model, an adapter, data, rewards and a configuration in it."""
     place = workplace / "at home"
     place.mkdir()
     monkeypatch.setenv("HOME", str(place))
     shutil.copytree(tiny_model, place / "base")
     for name in ("data.jsonl", "noisy.py"):
         shutil.move(name, place)
-    (place / "held.jsonl").write_bytes(WHOLE)
+    (place / "held.jsonl").write_text(lines(TEN))
     make_adapter(place / "base", place / "brought", {})
     (place / "run.yaml").write_text("dataset: ~/data.jsonl\noutput_dir: ~/runs/one\n")
     return place
@@ -620,17 +525,14 @@ def told_of(place) -> list[str]:
 def test_a_tilde_is_the_home_wherever_a_path_is_taken(home, capsys):
     told = [*told_of("~"), "--output-dir=~/runs/two"]
     written = script.parse_options([word.replace("~", str(home)) for word in told])
-    for args in (script.parse_options(told), script.parse_options(["--config=~/run.yaml"]),
-                 infer.parse_options(["--adapter=~/brought", "--model=~/base", "--file=~/q.txt",
-                                      "--jsonl=~/a.jsonl"]),
-                 infer.parse_options(["--evaluate", "--adapter=~/brought", "--output-dir=~/here",
-                                      "--dataset=~/data.jsonl"])):
+    assert script.parse_options(told).asked == written.asked
+    for args in (script.parse_options(["--config=~/run.yaml"]), infer.parse_options([
+            "--adapter=~/brought", "--model=~/base", "--file=~/q.txt", "--jsonl=~/a.jsonl"]),
+            infer.parse_options(["--evaluate", "--adapter=~/brought", "--output-dir=~/here",
+                                 "--dataset=~/data.jsonl"])):
         given = " ".join(map(str, vars(args).values()))
         assert "~" not in given and given.count(str(home)) > 1
-    assert vars(script.parse_options(told))["asked"] == written.asked
     assert str(home / "runs/none") in stopped(capsys, report.main, ["~/runs/none"])
-    line = stopped(capsys, benchmark.main, ["--model=~/base", "--adapter=~/nowhere"], informed=True)
-    assert f"{home / 'nowhere'} is no adapter" in line
     line = stopped(capsys, benchmark.main, ["--model=~/base", "--output=~/base"], informed=True)
     assert f"--output {home / 'base'}" in line
     script.main([*CHEAP, *told, "--dry-run"])
@@ -664,9 +566,8 @@ def test_a_run_goes_on_with_what_has_moved(home, capsys, monkeypatch):
     other = [word.replace("vowels", "later") for word in found]
     line = stopped(capsys, script.main, [*going_on, *other], informed=True)
     assert "leave them out" in line
-    record = json.loads(Path("run/args.json").read_text())  # of a run without held-out questions
-    record["options"]["eval_dataset"] = None
-    Path("run/args.json").write_text(json.dumps(record))
+    args = Path("run/args.json")  # as of a run without held-out questions
+    args.write_text(re.sub('"eval_dataset": "[^"]*"', '"eval_dataset": null', args.read_text()))
     line = stopped(capsys, script.main, [*going_on, *found], informed=True)
     assert "eval_dataset was None" in line
 
@@ -678,13 +579,12 @@ def test_an_evaluation_goes_on_from_any_directory(home, capsys, monkeypatch):
     assert json.loads((home / "graded/args.json").read_text())["adapter"] == str(home / "brought")
     monkeypatch.chdir(home)
     infer.main([*ask, "--adapter", "brought", "--resume"])
-    (home / "q.txt").write_text("1 + 1?\n2 + 2?\n")
-    ask = ["--model", str(home / "base"), "--file", "q.txt", "--jsonl", "a.jsonl",
-           "--max-tokens", "2"]
-    infer.main([*ask, "--adapter", "brought"])
-    monkeypatch.chdir("base")
-    ask[3], ask[5] = "../q.txt", "../a.jsonl"
-    infer.main([*ask, "--adapter", "../brought", "--resume"])
+    Path("q.txt").write_text("1 + 1?\n2 + 2?\n")
+    for place in (".", "base"):
+        monkeypatch.chdir(home / place)
+        infer.main(["--adapter", os.path.relpath(home / "brought"), "--model", str(home / "base"),
+                    "--file", str(home / "q.txt"), "--jsonl", str(home / "a.jsonl"),
+                    "--max-tokens", "2", *["--resume"] * (place == "base")])
     assert "2 of 2 are answered already" in capsys.readouterr().err
 
 
@@ -705,23 +605,16 @@ def test_every_printed_command_runs_as_it_stands(beside, tiny_model, tmp_path):
     scripts.mkdir(exist_ok=True)
     for file in HERE.glob("*.py"):
         shutil.copy(file, scripts)
-    rows = [{"question": f"\"It's\" $5 `x` {n}\n+ 1; how many\\?", "answer": str(n + 1)}
-            for n in range(40)]
-    (place / "data 'mine'.jsonl").write_text(lines(rows))
-    (place / "my rewards.py").write_text(
-        "import os, signal\n"
-        "def stops(completions, trainer_state, **kwargs):\n"
-        "    if trainer_state.global_step == 2 and not os.path.exists('once'):\n"
-        "        open('once', 'w').close()\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
-        "    return [len(c[0]['content'].encode()) % 7 for c in completions]\n")
-    told = arguments(tiny_model, "--max-steps", "4", dataset="data 'mine'.jsonl",
-                     reward="my rewards.py:stops")
+    (furnish(place) / "noisy.py").rename(place / "my rewards.py")
+    (place / "data 'mine'.jsonl").write_text(lines(
+        {"question": f"\"It's\" $5 `x` {n}\n+ 1; how many\\?", "answer": n} for n in range(40)))
+    told = arguments(tiny_model, "--max-steps", "10", dataset="data 'mine'.jsonl",
+                     reward="my rewards.py:interrupt")
     done = command(scripts / "reasoning_model_grpo.py", *told, cwd=place)
     shown = [line for line in done.stdout.splitlines() if line.startswith("go on with: ")]
     assert len(shown) == 1, done.stdout + done.stderr
     done = typed(shown[0].removeprefix("go on with: "), place)
-    assert done.returncode == 0 and "step 4/4" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "step 10/10" in done.stdout, done.stdout + done.stderr
     asked = done.stdout[done.stdout.index("ask it:") + 7 :].strip()
     done = typed(asked, place)
     assert done.returncode == 0 and "answer:" in done.stdout, asked + done.stderr
@@ -743,17 +636,14 @@ def remake(tiny_model, workplace):
     return make
 
 
-def asked_twice(model, capsys) -> None:
-    """Two questions of unlike length, which are padded."""
-    Path("q.txt").write_text("1 + 1?\nHow many are 22 and 333?\n")
-    script.main(arguments(model, "--dry-run"))
-    infer.main(["--model", str(model), "--file", "q.txt", "--max-tokens", "3"])
-    assert capsys.readouterr().out.count("answer:") == 2
-
-
 def test_a_pad_token_without_a_row_or_none_is_replaced(remake, capsys):
-    asked_twice(remake(lambda one: one.add_special_tokens({"pad_token": "[PAD]"})), capsys)
-    asked_twice(remake(lambda one: setattr(one, "pad_token", None)), capsys)
+    Path("q.txt").write_text("1 + 1?\nHow many are 22 and 333?\n")  # of unlike length: padded
+    for change in (lambda one: one.add_special_tokens({"pad_token": "[PAD]"}),
+                   lambda one: setattr(one, "pad_token", None)):
+        model = remake(change)
+        script.main(arguments(model, "--dry-run"))
+        infer.main(["--model", str(model), "--file", "q.txt", "--max-tokens", "3"])
+        assert capsys.readouterr().out.count("answer:") == 2
 
 
 def template(end: str) -> str:
@@ -761,24 +651,19 @@ def template(end: str) -> str:
             "{% if add_generation_prompt %}assistant: {% endif %}")
 
 
-def more_tokens(tokenizer) -> None:
-    """ChatML on a base model whose embeddings were not resized for it."""
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|over|>"]})
-    tokenizer.chat_template = template("<|over|>")
+@pytest.mark.parametrize("own, end, says", [
+    ("<bos>", "<|over|>", "no row for the token <.over.> .*resize"),  # ChatML put on a base model
+    (None, "", "no end token")])
+def test_a_tokenizer_that_does_not_fit_is_refused_in_a_dry_run(own, end, says, remake, capsys):
+    def change(tokenizer):
+        tokenizer.add_special_tokens({"additional_special_tokens": [end] if end else []})
+        tokenizer.eos_token = tokenizer.pad_token = own
+        tokenizer.chat_template = template(end)
 
-
-def no_end(tokenizer) -> None:
-    tokenizer.eos_token = tokenizer.pad_token = None
-    tokenizer.chat_template = template("")
-
-
-@pytest.mark.parametrize("change, says", [
-    (more_tokens, "no row for the token <|over|>.*resize"), (no_end, "no end token")])
-def test_a_tokenizer_that_does_not_fit_is_refused_in_a_dry_run(change, says, remake, capsys):
     model = remake(change)
-    assert re.search(says, stopped(capsys, script.main, arguments(model, "--dry-run")))
-    line = stopped(capsys, infer.main, ["2 + 3?", "--model", str(model)], informed=True)
-    assert re.search(says, line)
+    for main, told in ((script.main, arguments(model, "--dry-run")),
+                       (infer.main, ["2 + 3?", "--model", str(model)])):
+        assert re.search(says, stopped(capsys, main, told, informed=True))
 
 
 @pytest.mark.parametrize("end", [
@@ -796,41 +681,23 @@ def test_an_end_token_of_any_letters_ends_a_turn(end, remake):
     script.main(arguments(model, "--dry-run"))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "tokenizer.json"])
-def test_a_base_that_git_lfs_has_not_fetched_is_said(name, tiny_model, workplace, capsys):
-    place = Path(shutil.copytree(tiny_model, "cloned"))
-    if name.startswith("pytorch"):
-        (place / "model.safetensors").unlink()
-    (place / name).write_bytes(POINTER)
-    line = stopped(capsys, script.main, arguments(place, "--dry-run"))
-    assert "git lfs pull" in line and name in line
-    line = stopped(capsys, infer.main, ["2 + 3?", "--model", "cloned"], informed=True)
-    assert "git lfs pull" in line
-
-
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_terminal_that_can_not_show_a_sign_gets_a_question_mark(
         encoding, tiny_model, workplace, monkeypatch):
-    rows = [{"question": f"Zoë hat {n} ½ 数 · — “Äpfel”?", "answer": str(n)} for n in range(40)]
-    Path("data.jsonl").write_text(lines(rows))
-    for run in (partial(script.main, arguments(tiny_model, "--dry-run")), partial(infer.main, [
-            "Zoë 数?", "--model", str(tiny_model), "--max-tokens", "9", "--json"])):
-        shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", shown)
-            run()
-        shown.flush()
-        said = shown.buffer.getvalue().decode(encoding)
-        assert "hat" in said and "?" in said or "Zo" in said
+    Path("data.jsonl").write_text(lines(
+        {"question": f"Zo {n} ½ 数 · — “Äpfel”?", "answer": n} for n in range(40)))
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", shown)
+    script.main(arguments(tiny_model, "--dry-run"))
+    shown.flush()
+    assert b"Zo" in shown.buffer.getvalue()
 
 
-PLACES = {  # a name -> the environment, what stands before the command
-    "the C locale": ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, []),
-    "no HOME": ({"HOME": None}, []),
-    "an unknown user": ({"HOME": None, "XDG_CACHE_HOME": None},
-                        ["setpriv", "--reuid", "54321", "--clear-groups"]),
-    "an unknown user at /": ({"HOME": "/", "XDG_CACHE_HOME": None},
-                             ["setpriv", "--reuid", "54321", "--clear-groups"]),
+PLACES = {  # a name -> the environment, and whether it is a user's whom the machine does not know
+    "the C locale": ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, False),
+    "no HOME": ({"HOME": None}, False),
+    "an unknown user": ({"HOME": None, "XDG_CACHE_HOME": None}, True),
+    "an unknown user at /": ({"HOME": "/", "XDG_CACHE_HOME": None}, True),
 }
 
 
@@ -838,21 +705,19 @@ PLACES = {  # a name -> the environment, what stands before the command
 @pytest.mark.parametrize("name", PLACES)
 def test_a_whole_run_and_its_answer_come_wherever_it_runs(name, tiny_model, workplace):
     """In a directory that any user may write to, scripts, model and data in it."""
-    more, before = PLACES[name]
-    if before and (os.getuid() or not shutil.which("setpriv")):
-        pytest.skip("takes root and setpriv")
-    if before and subprocess.run([*before, sys.executable, "-c", "import torch"],
-                                 capture_output=True).returncode:
-        pytest.skip("this environment is not for other users to read")
+    more, unknown = PLACES[name]
+    before = ["setpriv", "--reuid", "54321", "--clear-groups"] if unknown else []
+    if unknown and (not shutil.which("setpriv") or subprocess.run(
+            [*before, sys.executable, "-c", "import torch"], capture_output=True).returncode):
+        pytest.skip("takes root, setpriv, and an environment that other users may read")
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         for file in HERE.glob("*.py"):
             shutil.copy(file, place)
         shutil.copytree(tiny_model, place / "model")
-        rows = [{"question": f"Zoë has {n} ½ 数 apples?", "answer": f"{n} · 1\n#### {n}"}
-                for n in range(40)]
-        (place / "data.jsonl").write_text(lines(rows))
         shutil.copy("noisy.py", place)
+        (place / "data.jsonl").write_text(lines(
+            {"question": f"Zoë has {n} ½ 数?", "answer": f"{n} · 1\n#### {n}"} for n in range(40)))
         subprocess.run(["chmod", "-R", "a+rwX", place], check=True)
         env = {key: value for key, value in (os.environ | more).items() if value is not None}
         for told in (["reasoning_model_grpo.py", *arguments("model", "--warm-start", "1")],
@@ -863,40 +728,22 @@ def test_a_whole_run_and_its_answer_come_wherever_it_runs(name, tiny_model, work
 
 
 @slow
-@pytest.mark.parametrize("file", ["reasoning_model_grpo.py", "report.py"])
-def test_a_reader_that_has_enough_ends_any_script_in_silence(file, copied, tiny_model):
-    told = arguments(tiny_model, "--dry-run") if "grpo" in file else ["outputs/smollm2-135m"]
-    shown = shlex.join([sys.executable, "-u", str(HERE / file), *told])
+def test_a_reader_that_has_enough_ends_it_in_silence(workplace, tiny_model):
+    told = [sys.executable, "-u", HERE / "reasoning_model_grpo.py", "--dry-run"]
+    shown = shlex.join(map(str, [*told, *arguments(tiny_model)]))
     done = subprocess.run(f"{shown} | head -1", shell=True, text=True, capture_output=True)
     assert done.stdout.count("\n") == 1
     assert "Traceback" not in done.stderr and "Broken" not in done.stderr, done.stderr
 
 
-@slow
-def test_options_typed_after_run_in_a_notebook_are_read(tiny_model, workplace):
-    import nbclient
-    import nbformat
-
-    for file in HERE.glob("*.py"):
-        shutil.copy(file, workplace)
-    shutil.copy("infer.py", "my infer.py")
-    told = shlex.join(arguments(tiny_model, "--dry-run", "--max-steps", "7"))
-    ask = ["--model", str(tiny_model), "--max-tokens", "3", "2 + 3?"]
-    cells = [f"%run reasoning_model_grpo.py {told}",
-             f"%run {shlex.quote(str(workplace / 'reasoning_model_grpo.py'))} {told}",
-             f"%run -i 'my infer.py' {shlex.join(ask)}",
-             f"import infer\ninfer.main({ask})",
-             "import sys, runpy\nsys.argv = ['reasoning_model_grpo.py', '--max-stepps', '3']\n"
-             "runpy.run_path('reasoning_model_grpo.py', run_name='__main__')"]
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    nbclient.NotebookClient(book, timeout=200, kernel_name="python3", allow_errors=True,
-                            resources={"metadata": {"path": str(workplace)}}).execute()
-    said = ["".join(o.get("text", "") + o.get("evalue", "") for o in cell.outputs)
-            for cell in book.cells]
-    assert all("steps:     7 x" in text for text in said[:2]), said[:2]
-    assert all("answer:" in text for text in said[2:4]), said[2:4]
-    assert "did you mean --max-steps" in said[4]
-    assert not Path("outputs").exists()
+def test_options_typed_after_run_in_a_notebook_are_read(monkeypatch, capsys):
+    """%run sets sys.argv, as Spyder's runfile does; a kernel's own arguments are none of ours."""
+    monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
+    for main, file in ((script.main, "reasoning_model_grpo.py"), (infer.main, "infer.py")):
+        monkeypatch.setattr(sys, "argv", [f"/somewhere/{file}", "--modle", "3"])
+        assert "did you mean --model" in stopped(capsys, main)
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    assert script.parse_options(None).typed == set()
 
 
 def test_numbers_are_read_on_every_python_from_3_11_on():
