@@ -493,13 +493,14 @@ def test_columns_of_lists_reach_a_reward_as_lists(tiny_model, workplace):
     "a.jsonl", "a.parquet", "folder/train.jsonl", "deep/data/train-0.parquet",
     "base/model.safetensors", "base/tokenizer.json"])
 def test_what_git_lfs_has_not_fetched_is_said(name, tiny_model, workplace, capsys, caplog):
-    file, option = Path(name), "--model" if "base" in name else "--dataset"
+    file = Path(name)
     shutil.copytree(tiny_model, "base")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     caplog.set_level(logging.CRITICAL, logger="datasets")  # as DATASETS_VERBOSITY in a process
-    told = [*arguments(tiny_model, "--dry-run"), option, file.parts[0]]
-    assert "git lfs pull" in stopped(capsys, script.main, told, informed=True)
+    asked = (script.main, arguments("base")) if "base" in name else (
+        load, "--dataset", file.parts[0])
+    assert "git lfs pull" in stopped(capsys, *asked, informed=True)
 
 
 # ---- Paths, and the commands that are printed ----------------------------------------------------
