@@ -32,6 +32,7 @@ from test_scripts import (  # noqa: F401  (first of ours: it keeps every test of
     CHEAP, HERE, RUN, SAVED, arguments, command, furnish, lines, read_rows, same_weights,
     tiny_model, turn, weights, workplace, xml,
 )
+from test_field import make_adapter
 import infer
 import laptop
 import reasoning_model_grpo as script
@@ -68,23 +69,20 @@ def saved(spoil, **columns):
     return write
 
 
-ANSWERS = [None, True, [1], {"a": 1}, "", "many", "72 or 73", "1 #### many", math.nan, math.inf,
-           "10²", "1+1", "0x10", "1e5", "10,80", "x = 5", "x > 5", "3-5", "$5 n$", "\0", "\ud800",
-           [turn("5", "assistant")]]
-QUESTIONS = [None, True, {"text": "a"}, "\n", [turn("a", "system")], [turn({"a": 1})],
+ANSWERS = [None, True, {"a": 1}, "", "many", "1 #### many", math.nan, math.inf, "10,80", "x = 5",
+           "x > 5", "$5 n$", "\0", "\ud800", [turn("5", "assistant")]]
+QUESTIONS = [None, {"text": "a"}, "\n", [turn("a", "system")], [turn({"a": 1})],
              [{"role": "user"}], [[[["a"]]]]]
 TEXTS = {  # by kind of file
     "jsonl": [
         *map(row, ANSWERS), *(row(1, question) for question in QUESTIONS), b"", b"\n \n\n", b"1\n2",
         row(1).replace(b'"a"', b'"\xe9"'), bytes(99), GOOD[:-9], GOOD.decode().encode("utf-16"),
-        random.Random(0).randbytes(999), b"null\n", b"{'question': 'a', 'answer': 1}",
-        GOOD + b"3\n", b"{}", b'{"question": "a", "answer": 1e999999999}', b"[" * 200_000,
-        row(1).replace(b"1", b"9" * 5000), row(1) + b'{"question": "b"}'],
+        b"null\n", b"{'question': 'a', 'answer': 1}", GOOD + b"3\n", b"[" * 200_000,
+        row(1).replace(b"1", b"1e999999999"), row(1).replace(b"1", b"9" * 5000)],
     "json": [b"", b'{"data": []}', b"3", b"[[{}]]", b'[{"question": ', b'{"a":' * 200_000,
-             b"<!doctype html><p>404", b'{"a": [{"question": 1}], "b": [1]}'],
-    "csv": [b"", b"question,answer\n", b"question,answer\na,1,2\n", b"question,answer\na\n",
-            b'question,answer\n"a,1\n', b"question;answer\na;1\n",
-            "question,answer\na,1\n".encode("utf-16"), bytes(range(256))],
+             b'{"a": [{"question": 1}], "b": [1]}'],
+    "csv": [b"", b"question,answer\n", b"question,answer\na,1,2\n", b'question,answer\n"a,1\n',
+            b"question;answer\na;1\n", "question,answer\na,1\n".encode("utf-16")],
     "tsv": [b"question,answer\na,1\n"], "txt": [b"", b"a?\n"], "parquet": [b"", b"PAR1PAR1"],
     "zip": [b"PK\3\4"], "xlsx": [b"PK\3\4"], "gz": [gzip.compress(GOOD)], "arrow": [b"ARROW1"],
     "jsonl.gz": [GOOD, gzip.compress(GOOD)[:-20], gzip.compress(GOOD)[:-8] + bytes(8)],
@@ -92,8 +90,6 @@ TEXTS = {  # by kind of file
 DATA = {f"{n}.{kind}": content for kind, all in TEXTS.items() for n, content in enumerate(all)} | {
     "cut.parquet": lambda path: [parquet(question=["a"], answer=[1])(path), shorten(path)],
     "none.parquet": parquet(question=[], answer=[]), "other.parquet": parquet(q=["a"], a=[1]),
-    "map.parquet": parquet(question=["a"], answer=[{"a": 1}]),
-    "bytes.parquet": parquet(question=[b"a"], answer=[1]),
     "date.parquet": parquet(question=["a"], answer=[date(2025, 1, 1)]),
     "folder-empty": Path.mkdir, "folder-other": folder("readme", b"x"),
     "folder-columns": folder("train.jsonl", b'{"q": 1}\n'),
@@ -102,44 +98,34 @@ DATA = {f"{n}.{kind}": content for kind, all in TEXTS.items() for n, content in 
     "saved-lost": saved(Path.unlink), "saved-empty": saved(id, question=[], answer=[])}
 CONFIGS = [  # texts that are no table of options, or say what no option takes
     "[1, 2]", "3", "a: [", "max-steps:\t\t- 2", "max-steps: 2\n beta: 1\n", "max-steps: *none",
-    "!!python/object/apply:os.system ['touch ran']", "max-steps: !!python/name:os.system",
-    "max-steps: 2\n---\nmax-steps: 3\n", "lerning_rate: 1", "max-steps: many",
-    "max-steps: {a: 1}", "max-steps: [1, 2]", "max-steps: true", "max-steps: 2025-01-01",
-    "learning-rate: .nan", "train: {max-steps: 2}", "dry-run: maybe", "1: 2",
-    "chat-template-kwargs: [1]", "recipe: [qwen-3b, cookbook]", "\u0000\u0001\u0002",
-    "<<: {max-steps: x}", "? [a, b]\n: 2", "adapter: 'a\\0b'", 'adapter: "\\ud800"']
-BODIES = [  # behind `def f(completions, **kwargs):`
-    "return [0.0]", "return None", "return ['good'] * 2", "return [float('nan')] * 2",
-    "return [10**400] * 2", "return 1.0", "return [1j] * 2", "return [[1.0]] * 2",
-    "return {'a': 1, 'b': 2}", "return 'ab'", "raise ValueError('two\\nlines \\x1b[2J')",
-    "return f(completions)", "raise SystemExit(0)", "raise StopIteration", "raise MemoryError",
-    "return [None, float('nan')]", "import torch; return torch.zeros(2, 3)",
-    "return (1 / 0 for _ in completions)"]
-MODULES = [  # whole files
-    "def f(:", "import nothing_of_that_name\ndef f(**k): return [0, 0]", "raise SystemExit(0)",
-    "g = 1", "f = 3", "def f(): return [0.0, 0.0]", "f = max", "class f: pass", "\u0000",
-    "def f(completions, points, **k): return [0.0, 0.0]", "# \u00ff",
-    "from functools import partial\nf = partial(int, 3)"]
+    "!!python/object/apply:os.system ['touch ran']", "max-steps: 2\n---\nmax-steps: 3\n",
+    "lerning_rate: 1", "max-steps: {a: 1}", "max-steps: [1, 2]", "max-steps: true",
+    "learning-rate: .nan", "dry-run: maybe", "1: 2", "recipe: [qwen-3b, cookbook]",
+    "\u0000\u0001\u0002", "<<: {max-steps: x}", "? [a, b]\n: 2", 'adapter: "\\ud800"']
+CODE = [  # of a file whose reward is `f`
+    *(f"def f(completions, **kwargs):\n    {body}\n" for body in (
+        "return 1.0", "return [10**400] * 2", "return [1j] * 2", "return [[1.0]] * 2",
+        "return {'a': 1, 'b': 2}", "return 'ab'", "raise ValueError('two\\nlines \\x1b[2J')",
+        "return f(completions)", "raise SystemExit(0)", "raise StopIteration", "raise MemoryError",
+        "return [None, float('nan')]", "import torch; return torch.zeros(2, 3)",
+        "return (1 / 0 for _ in completions)")),
+    "def f(:", "import nothing_of_that_name", "raise SystemExit(0)", "f = 3", "f = max",
+    "def f(): return [0.0]", "class f: pass", "# \u00ff", "\u0000"]
 TYPED = [[f"--{name}", value] for names, values in [
-    ("lora-rank max-prompt-length batch-size save-steps", ["0", "1.5", "x", "", "1e3"]),
-    ("learning-rate lora-alpha temperature", ["0", "-1", "nan", "inf", "1e999"]),
-    ("few-shot seed eval-questions", ["-1", "0.5"]), ("beta", ["-0.1", "nan", "inf"]),
-    ("lora-dropout gpu-memory-utilization", ["1", "-1", "nan"]), ("num-generations", ["1", "3"]),
+    ("lora-rank save-steps", ["0", "1.5", "x", "", "1e3"]), ("seed", ["-1", "4294967296"]),
+    ("learning-rate lora-alpha temperature", ["0", "nan", "1e999"]), ("beta", ["-0.1", "inf"]),
+    ("lora-dropout gpu-memory-utilization", ["1", "-1"]), ("num-generations", ["1", "3"]),
     ("reward-weights", ["nan", "-inf", "x"]), ("dtype loss-type recipe export", ["nope"]),
-    ("chat-template-kwargs", ["{", "3", "null"]),
-    ("set", ["nope=1", "top_k", "=1", "top_k=x", "optim=nope", "beta=1", "adam_beta1=NaN",
-             "top_p=null", "logging_steps={}", 'max_grad_norm="1"']),
+    ("chat-template-kwargs", ["{", "3"]), ("lora-targets dataset-config", ["q_proj,nope"]),
+    ("set", ["nope=1", "top_k", "=1", "optim=nope", "adam_beta1=NaN", "logging_steps={}"]),
     ("dataset eval-dataset model adapter config",
      ["./nowhere/x", "owner/name/x", "\udcff", LONG, "data.jsonl/x"]),
     ("reward-funcs", ["nope", ":f", "f:", "./x.py:f", f"{LONG}:f", "outputs:f"]),
-    ("question-column answer-column", ["nope", ""]), ("lora-targets", ["q_proj,nope"]),
-    ("dataset", [""]), ("model adapter", [".."]), ("output-dir", [LONG]),
+    ("question-column dataset", [""]), ("model adapter", [".."]), ("output-dir", [LONG]),
 ] for name, value in product(names.split(), values)] + [words.split() for words in (
-    "--Max-steps 2", "--max-step 2", "--", "stray", "--set", "--max-steps", "--adapter",
-    "--resume --output-dir nowhere", "--full-finetune --adapter x",
-    "--full-finetune --export merged", "--vllm server", "--backend unsloth --vllm server",
-    "--dry-run=3", "--batch-size 4096", "--dataset-config nope", "--seed 4294967296",
-    "--lora-rank 4097", "--batch-size 3 --gradient-accumulation-steps 1")]
+    "--max-step 2", "--", "stray", "--set", "--resume --output-dir nowhere", "--dry-run=3",
+    "--full-finetune --adapter x", "--full-finetune --export merged", "--vllm server",
+    "--backend unsloth --vllm server", "--batch-size 3 --gradient-accumulation-steps 1")]
 
 
 def record(**more):
@@ -177,35 +163,29 @@ class Code:
 
 ADAPTERS = {
     **{f"config-{name}": put(CONFIG, content) for name, content in {
-        "empty": b"", "list": b"[]", "null": b"null", "open": b"{", "nothing": b"{}",
-        "latin": b'{"r": "\xff"}', "deep": b"[" * 200_000}.items()},
+        "empty": b"", "list": b"[]", "open": b"{", "nothing": b"{}", "latin": b'{"r": "\xff"}',
+        "deep": b"[" * 200_000}.items()},
     **{f"{field}-{value}": record(**{field: value}) for field, values in {
-        "peft_type": ["IA3", "NOPE", None, 3], "lora_alpha": ["x"],
-        "r": ["x", -1, 0, 10**9, 4, None], "target_modules": [[], ["nope"], 3, ["q_proj"]],
-        "base_model_name_or_path": [3, None, "", "owner/other", "./nowhere"],
+        "peft_type": ["IA3", "NOPE", None, 3], "lora_alpha": ["x"], "r": ["x", 0, 10**9, 4],
+        "target_modules": [[], ["nope"], 3, ["q_proj"]],
+        "base_model_name_or_path": [3, None, "owner/other", "./nowhere"],
     }.items() for value in values},
     **{f"weights-{n}": put(WEIGHTS, content) for n, content in enumerate([
-        b"", random.Random(1).randbytes(999), b"\xff" * 8 + b"{}", b"\4" + bytes(7) + b"{{{{",
+        b"", b"\xff" * 8 + b"{}", b"\4" + bytes(7) + b"{{{{",
         b"\x40" + bytes(7) + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,999]}}'.ljust(64),
     ])},
     **{f"tensors-{name}": tensors(change) for name, change in {
         "nan": lambda all: {k: v * math.nan for k, v in all.items()},
         "halved": lambda all: dict(list(all.items())[::2]),
-        "wide": lambda all: {k: v.repeat(1, 2) for k, v in all.items()},
         "flat": lambda all: {k: v.flatten() for k, v in all.items()},
         "more": lambda all: all | {"x.lora_A.weight": next(iter(all.values())) * 2}}.items()},
     "cut": lambda place: shorten(place / WEIGHTS),
-    "no-config": lambda place: (place / CONFIG).unlink(),
     **{f"bin-{n}": lambda place, content=content: pickled(content, place) for n, content in
        enumerate([b"", b"x", [1, 2], {"a": Code()}, pickle.dumps(Code())])},
-    **{f"args-{name}": put("args.json", content) for name, content in {
-        "empty": b"", "list": b"[1]", "latin": b"\xff"}.items()},
+    **{f"args-{n}": put("args.json", content) for n, content in enumerate([b"", b"[1]", b"\xff"])},
     "tokenizer": lambda place: [put(f"tokenizer{k}.json", b"{")(place) for k in ("", "_config")],
     "weights-folder": lambda place: [(place / WEIGHTS).unlink(), (place / WEIGHTS).mkdir()],
     "file": lambda place: [shutil.rmtree(place), place.write_bytes(b"")]}
-BEYOND = [  # what passes the plan and ends later, in one line or well
-    "--temperature 100", "--learning-rate 1e300", "--attn-implementation nope", "--beta 1e300",
-    "--set logging_steps=0", "--set save_total_limit=-1", "--reward-weights 1e308"]
 TEMPLATES = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.__init__.__globals__ }}",
     "{{ cycler.__init__.__globals__.os.system('touch ran') }}", "{% for", "{{ 1 / 0 }}",
@@ -270,10 +250,9 @@ def test_a_malformed_configuration_ends_in_one_line(text, refused, tiny_model):
             *re.findall(r"[\w-]+", text.replace("_", "-")))
 
 
-@pytest.mark.parametrize("text", cases([*BODIES, *MODULES], 4))
+@pytest.mark.parametrize("text", cases(CODE, 4))
 def test_a_faulty_reward_is_named_in_one_line(text, refused, tiny_model):
-    body = f"def f(completions, **kwargs):\n    {text}\n" if text in BODIES else text
-    Path("r.py").write_text(body, "latin-1")
+    Path("r.py").write_text(text, "latin-1")
     refused(plan(tiny_model, "--reward-funcs", "r.py:f"), "r.py:f")
 
 
@@ -285,13 +264,8 @@ def test_what_no_option_takes_ends_in_one_line(typed, refused, tiny_model):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory, tiny_model) -> Path:
-    import peft
-    from transformers import AutoModelForCausalLM
-
     place = tmp_path_factory.mktemp("adapter")
-    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), peft.LoraConfig(
-        r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM",
-        init_lora_weights=False)).save_pretrained(place)
+    make_adapter(tiny_model, place, {"r": 8, "target_modules": ["q_proj", "v_proj"]})
     return place
 
 
@@ -303,16 +277,15 @@ def test_a_malformed_adapter_ends_in_one_line(name, refused, adapter):
 
 
 @slow
-@pytest.mark.parametrize("name", ["0.csv", "saved-cut", "folder-broken"])
-def test_the_one_line_is_all_that_a_process_says(name, workplace, tiny_model, monkeypatch):
-    monkeypatch.setitem(DATA, "folder-broken", folder("train.jsonl", b"{"))
+@pytest.mark.parametrize("name", ["0.csv", "saved-cut", "folder-columns"])
+def test_the_one_line_is_all_that_a_process_says(name, workplace, tiny_model):
     make(name)
     done = command("reasoning_model_grpo.py", *plan(tiny_model, data=name), cwd=workplace)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-NASTY = [b"", b"\0", b"\xff", b"\xed\xa0\x80", b'"', b"'", b"{", b"]", b",", b"\n", b"null", b"NaN",
-         b"-1", b"1e999", b"#### ", b"[[[[", b"\xe2\x80\xa8", b"true", b": ", b"- ", b"!!python/x "]
+NASTY = [b"\0", b"\xff", b"\xed\xa0\x80", b'"', b"{", b"]", b",", b"\n", b"null", b"NaN", b"1e999",
+         b"[[[[", b"\xe2\x80\xa8", b": ", b"- ", b"!!python/x "]
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
@@ -321,31 +294,29 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
         at, n = rng.randrange(len(content) + 1), rng.randrange(1, 30)
         content = rng.choice([
             content[:at] + content[at + n :], content[: at + n] + content[at:], content[:at],
-            content[:at] + rng.choice(NASTY) + content[at + rng.choice([0, 1, n]) :],
-            content[:at] + rng.randbytes(2) + content[at + 2 :]])
+            content[:at] + rng.choice(NASTY) + content[at + rng.choice([0, 1, n]) :]])
     return content
 
 
-@pytest.mark.parametrize("count, seed", [(64, 0), pytest.param(800, 1, marks=slow)])
+@pytest.mark.parametrize("count", [64, pytest.param(800, marks=slow)])
 def test_a_spoilt_file_is_taken_or_refused_in_one_line(
-        count, seed, workplace, tiny_model, adapter, capfd):
-    rng, refusals, mad = random.Random(seed), 0, Path(shutil.copytree(adapter, "mad"))
+        count, workplace, tiny_model, adapter, capfd):
+    rng, refusals, mad = random.Random(count), 0, Path(shutil.copytree(adapter, "mad"))
     parquet(question=[f"q{n}" for n in range(12)], answer=range(12))(Path("m.parquet"))
     files = {"m.jsonl": GOOD, "m.json": b"[" + GOOD.strip().replace(b"\n", b",\n") + b"]",
              "m.csv": b"question,answer\n" + b'"a, b",1\n' * 12, "m.jsonl.gz": gzip.compress(GOOD),
-             "m.parquet": Path("m.parquet").read_bytes(), "m.yaml": b"max-steps: 2\n"
-             b"learning-rate: 0.003\nset: [top_k=5]\nreward-weights: [1.0]\n"}
+             "m.parquet": Path("m.parquet").read_bytes(),
+             "m.yaml": b"max-steps: 2\nlearning-rate: 0.003\nset: [top_k=5]\n"}
     files |= {f"mad/{name}": (mad / name).read_bytes() for name in (CONFIG, WEIGHTS)}
     for i in range(count):
         name = list(files)[i % len(files)]
         Path(name).write_bytes(mutated(files[name], rng))
-        words = {"m.yaml": ["--config", name], f"mad/{CONFIG}": ["--adapter", "mad"],
-                 f"mad/{WEIGHTS}": ["--adapter", "mad"]}.get(name, ["--dataset", name])
+        words = ["--adapter", "mad"] if name.startswith("mad") else [
+            "--config" if name == "m.yaml" else "--dataset", name]
         code, _ = attempt(capfd, script.main, plan(tiny_model, *words))
         assert code in (0, 2), (i, name, code)
         Path(name).write_bytes(files[name])
         refusals += code == 2
-    print(f"{refusals} of {count} refused")
     assert count / 4 < refusals < count and not Path("ran").exists()
 
 
@@ -376,14 +347,6 @@ def test_a_reward_that_fails_in_training_is_named_and_mended_it_goes_on(
     (workplace / "ok").touch()
     script.main(["--resume"])
     assert steps(RUN) == [1, 2] and (SAVED / WEIGHTS).is_file()
-
-
-@slow
-@pytest.mark.parametrize("typed", BEYOND)
-def test_extreme_values_train_or_end_in_one_line(typed, workplace, tiny_model, capfd):
-    code, _ = attempt(capfd, script.main, arguments(
-        tiny_model, "--eval-questions", "0", *typed.split()))
-    assert code in (0, 2)
 
 
 def test_a_warm_start_whose_gradient_is_not_finite_says_so(
@@ -471,17 +434,14 @@ def test_a_run_with_a_broken_file_ends_in_one_line(file, content, workplace, tin
 
 # ---- What others wrote: nothing of it runs, leaves its directory, or steers the terminal ---------
 def model_with(model, place: Path, **files) -> str:
+    """A copy of a model, with other texts in some files, or more fields in its records."""
     shutil.copytree(model, place)
     for name, content in files.items():
         file = place / name.replace("__", ".")
-        old = json.loads(file.read_text()) if isinstance(content, dict) else None
-        file.write_text(content if old is None else json.dumps(old | content))
+        if isinstance(content, dict):
+            content = json.dumps(json.loads(file.read_text()) | content)
+        file.write_text(content)
     return str(place)
-
-
-def stop_if(ran: str) -> None:
-    if Path("ran").exists():
-        pytest.exit(f"{ran} was run")  # whatever is marked as known, this is not
 
 
 @pytest.mark.parametrize("template", cases(TEMPLATES, 4))
@@ -490,11 +450,9 @@ def test_a_chat_template_runs_no_code_and_its_fault_is_one_line(
         main, template, workplace, tiny_model, capfd):
     model = model_with(tiny_model, workplace / "model", chat_template__jinja=template)
     argv = arguments(model) if main is script.main else ["2 + 3?", "--model", model]
-    try:
-        code, line = attempt(capfd, main, argv)
-    finally:
-        stop_if("a chat template's code")
-    assert code == 2 and "model" in line and not RUN.exists(), (code, line)
+    code, line = attempt(capfd, main, argv)
+    assert code == 2 and "model" in line, (code, line)
+    assert not RUN.exists() and not Path("ran").exists()
 
 
 @slow
@@ -507,9 +465,8 @@ def test_a_models_own_code_is_not_run(kind, workplace, tiny_model):
     for file, argv in (("reasoning_model_grpo.py", arguments(model, "--dry-run")),
                        ("infer.py", ["2 + 3?", "--model", model, "--max-tokens", "2"])):
         done = command(file, *argv, cwd=workplace)
-        stop_if("a model's own code")
-        assert "Traceback" not in done.stderr and (kind == "llama" or (
-            done.returncode, len(done.stderr.splitlines())) == (2, 1)), done.stderr
+        assert not Path("ran").exists() and "Traceback" not in done.stderr, done.stderr
+        assert kind == "llama" or (done.returncode, len(done.stderr.splitlines())) == (2, 1)
 
 
 EVIL = ["../../x", "<script>alert(1)</script>", "\x1b[2J\x07\x9b31m", "a\u202eb", "$(touch ran)",
@@ -543,53 +500,38 @@ def test_a_question_is_no_path_no_page_no_command_and_does_not_steer_the_termina
 # ---- Fuzz ----------------------------------------------------------------------------------------
 PIECES = [
     *(tag for fmt in rewards.FORMATS.values() for tag in fmt.tags), "<think>", "</think>", "<ans",
-    *"\n \t\0=-+$€%°.,²½∞}`<😀٣", "...", "\x1b[2J", "\u2028", "\ufeff", "\ud800", "\u2212",
-    "####", "1e999999999", "1e-999999999", "1/2", "2 2/3", "１２", "0x1f", "1_000", "1,080.50",
-    "10,80", "NaN", "-Infinity", "\\boxed{", "\\frac{1}{2}", "1{,}080", "\\!", "**", "2:30",
-    "72 or 73", "5 thousand", "minus", "7" * 500, "9" * 40 + "." + "9" * 40,
-    *(c * 200 for c in "< -="), "1," * 99]
-
-
-def nasty(rng: random.Random) -> str:
-    picked = rng.choices(PIECES, k=rng.randint(0, 14))
-    if rng.random() < 0.3:
-        picked.append(chr(rng.randrange(rng.choice([128, 0x3000]))) * rng.randint(1, 60))
-    text = "".join(picked)
-    return rng.choice([text, xml(text), f"<answer>{text}</answer>", f"<SOLUTION>{text}</SOLUTION>"])
+    *"\n \t\0=-+$€%°.,²½∞}`<😀٣", "\x1b[2J", "\u2028", "\ud800", "\u2212", "####", "1e999999999",
+    "1/2", "１２", "0x1f", "1,080.50", "10,80", "NaN", "\\boxed{", "\\frac{1}{2}", "1{,}080",
+    "2:30", "72 or 73", "7" * 500, *(c * 200 for c in "< -="), "1," * 99]
 
 
 def test_no_completion_raises_or_earns_what_is_no_finite_number():
-    rng, longest = random.Random(0), 0.0
-    for i in range(FUZZ):
-        text = nasty(rng)
-        gold = rng.choice(["72", "0", "-3.5", "####", nasty(rng), None, 1e300, 10**400])
-        fmt, began = rng.choice(list(rewards.FORMATS)), time.perf_counter()
+    rng = random.Random(0)
+    for _ in range(FUZZ):
+        text = "".join(rng.choices(PIECES, k=rng.randint(0, 14)))
+        text = rng.choice([text, xml(text), f"<answer>{text}</answer>"])
+        gold = rng.choice(["72", "-3.5", "####", rng.choice(PIECES), None, 1e300, 10**400])
+        fmt = rng.choice(list(rewards.FORMATS))
         for name, func in rewards.REWARD_FUNCS.items():
             (value,) = func(prompts=[[]], completions=[text], answer=[gold], fmt=fmt)
-            assert type(value) is float and math.isfinite(value), (i, name, text, gold)
-        strict, soft = (rewards.format_fault(text, fmt, strict) for strict in (True, False))
-        assert strict or not soft, (i, text)  # what follows strictly follows softly, too
+            assert type(value) is float and math.isfinite(value), (name, text, gold)
+        # What follows strictly follows softly, too.
+        assert rewards.format_fault(text, fmt, True) or not rewards.format_fault(text, fmt, False)
         fault = rewards.answer_fault(text, str(gold), fmt)
-        assert (fault is None) == rewards.is_correct(text, str(gold), fmt=fmt), (i, text, gold)
+        assert (fault is None) == rewards.is_correct(text, str(gold), fmt=fmt), (text, gold)
         answer, votes = rewards.vote([text, "", text], fmt)
-        assert votes == (0 if answer is None else 2), (i, text)
-        for read in (rewards.parse_number, rewards.last_number):
-            number = read(text)
-            assert number is None or number.is_finite(), (i, text)
+        assert votes == (0 if answer is None else 2), text
         assert re.sub(r"[\n\t]", "", rewards.printable(text)).isprintable()
-        longest = max(longest, time.perf_counter() - began)
-    print(f"{FUZZ} completions, the slowest took {longest:.3f} s")
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_long_text_of_any_pattern_is_graded_at_once(seed):
-    rng = random.Random(seed)
-    text = (pattern := "".join(rng.choices(PIECES, k=rng.randint(1, 4)))) * (99_999 // len(pattern))
+    pattern = "".join(random.Random(seed).choices(PIECES, k=3))
+    text = pattern * (99_999 // len(pattern))
     for whole in (text, xml(text), f"<answer>1{text}", f"<SOLUTION>{text}</SOLUTION>"):
-        for func in (*rewards.REWARD_FUNCS.values(), rewards.vote, rewards.last_number):
-            argv = {rewards.vote: ([whole], "xml"), rewards.last_number: (whole,)}.get(func)
+        for func in rewards.REWARD_FUNCS.values():
             begun = time.perf_counter()
-            func(*argv) if argv else func(prompts=[[]], completions=[whole], answer=["72"])
+            func(prompts=[[]], completions=[whole], answer=["72"])
             assert time.perf_counter() - begun < 0.5, (pattern, func)
 
 
@@ -727,7 +669,7 @@ def test_the_same_command_gives_the_same_adapter(workplace, tiny_model):
 
 @pytest.mark.parametrize("script", ["reasoning_model_grpo.py", "infer.py"])
 def test_ctrl_c_while_it_loads_ends_without_a_traceback(script, workplace, tiny_model):
-    """torch's start swallows the interrupt and is broken then; here a torch that surely does."""
+    """torch's start swallows the interrupt and is broken then; this one does so for certain."""
     (workplace / "torch.py").write_text(
         "import os, signal, time\n"
         "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(1)\n"
