@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -19,15 +18,13 @@ from types import SimpleNamespace
 import pytest
 
 from test_scripts import (  # noqa: F401  (first of ours: it keeps every test off the Hub)
-    CHEAP, HERE, arguments, command, furnish, lines, load, read_rows, stopped, tiny_model, turn,
+    CHEAP, HERE, arguments, command, lines, load, read_rows, stopped, tiny_model, turn,
     workplace,
 )
 import benchmark
 import infer
-import laptop
 import reasoning_model_grpo as script
 import report
-import rewards
 
 slow, pytestmark = pytest.mark.slow, pytest.mark.filterwarnings("ignore")  # PEFT's own
 QUESTION = "Ann has 3 pens and 4 books. How many?"
@@ -38,7 +35,7 @@ FAMILIES = {  # kind: (configuration, LoRA targets, the name of the embeddings)
     "Llama": ({"attention_bias": True}, ["q_proj", "v_proj"], "embed_tokens"),
     "Qwen2": ({}, ["q_proj", "v_proj"], "embed_tokens"),
     "Gemma": ({"head_dim": 16}, ["q_proj", "v_proj"], "embed_tokens"),
-    "GPT2": ({"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 2048}, ["c_attn"], "wte"),
+    "GPT2": ({}, ["c_attn"], "wte"),
 }
 
 
@@ -53,11 +50,10 @@ def base_of(tiny_model, tmp_path_factory):
     @cache
     def make(kind: str, tied: bool) -> Path:
         size = {"vocab_size": len(tokenizer), "initializer_range": 0.2, "pad_token_id": 0,
-                "tie_word_embeddings": tied, "eos_token_id": tokenizer.eos_token_id}
-        if kind != "GPT2":
-            size |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-                     "num_attention_heads": 2, "num_key_value_heads": 1,
-                     "max_position_embeddings": 2048}
+                "tie_word_embeddings": tied, "eos_token_id": tokenizer.eos_token_id,
+                "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                "num_attention_heads": 2, "num_key_value_heads": 1,
+                "max_position_embeddings": 2048}
         torch.manual_seed(1)
         config = getattr(transformers, f"{kind}Config")(**size | FAMILIES[kind][0])
         place = tmp_path_factory.mktemp("families") / kind
@@ -72,8 +68,9 @@ def options(targets, table) -> dict:
     """What people ask of PEFT: a name -> LoraConfig's fields; `save`: whether with embeddings."""
     head = [*targets, "lm_head"]
     return {
-        "plain": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True},
-        "ranks": {"rank_pattern": {targets[0]: 8}}, "alphas": {"alpha_pattern": {targets[-1]: 32}},
+        "plain": {}, ".bin": {"old": True}, "rslora": {"use_rslora": True},
+        "dora": {"use_dora": True}, "ranks": {"rank_pattern": {targets[0]: 8}},
+        "alphas": {"alpha_pattern": {targets[-1]: 32}},
         "bias": {"bias": "all"}, "bias of LoRA": {"lora_bias": True},
         "one layer": {"layers_to_transform": [1]}, "all linear": {"target_modules": "all-linear"},
         "regex": {"target_modules": rf".*\.1\..*({'|'.join(targets)})"},
@@ -99,7 +96,7 @@ def make_adapter(base: Path, place: Path, fields: dict):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     fields = {"target_modules": ["q_proj"], "r": 4, "lora_alpha": 8} | fields
-    save, added = fields.pop("save", False), fields.pop("added", 0)
+    save, added, old = (fields.pop(name, False) for name in ("save", "added", "old"))
     model = AutoModelForCausalLM.from_pretrained(base)
     if added:
         model.resize_token_embeddings(model.config.vocab_size + added, mean_resizing=False)
@@ -111,15 +108,15 @@ def make_adapter(base: Path, place: Path, fields: dict):
     for weight in moved:
         weight.data.add_(torch.randn_like(weight) / 5)
     shutil.rmtree(place, ignore_errors=True)
-    model.save_pretrained(place, save_embedding_layers=save)
+    model.save_pretrained(place, save_embedding_layers=save, safe_serialization=not old)
     AutoTokenizer.from_pretrained(base).save_pretrained(place)
     return model.eval()
 
 
 ONCE_WRONG = [  # of each, what a family or its tied embeddings once got wrong
-    ("Llama", True, "head"), ("Llama", True, "table"), ("Qwen2", True, "tokens of both"),
-    ("Llama", False, "pissa"), ("Qwen2", True, "olora"), ("Gemma", True, "embeddings beside"),
-    ("GPT2", True, "both"), ("GPT2", False, "ranks")]
+    ("Llama", True, ".bin"), ("Llama", True, "head"), ("Llama", True, "table"),
+    ("Llama", False, "pissa"), ("Qwen2", True, "olora"), ("Qwen2", True, "tokens of both"),
+    ("Gemma", True, "embeddings beside"), ("GPT2", True, "both"), ("GPT2", False, "ranks")]
 BEYOND_PEFT = {("GPT2", "olora"), ("GPT2", "tied head"), ("Gemma", "bias of LoRA")}
 
 
@@ -183,7 +180,7 @@ def test_what_training_would_lose_or_change_twice_is_refused(base_of, workplace,
     script.main(arguments(base_of("Llama", False), "--dry-run", "--lora-targets", "lm_head"))
 
 
-VLLM_TAKES = {"plain", "rslora", "one layer", "regex", "all linear", "gaussian"}
+VLLM_TAKES = {"plain", ".bin", "rslora", "one layer", "regex", "all linear", "gaussian"}
 
 
 def test_what_vllm_would_leave_out_in_silence_goes_to_transformers(base_of, workplace):
@@ -199,15 +196,9 @@ def test_what_vllm_would_leave_out_in_silence_goes_to_transformers(base_of, work
 # ---- A reward gets what TRL gives ----------------------------------------------------------------
 def rank(completions, trainer_state, prompts, **kwargs):
     """As rewards do that compare: a group side by side, each place once."""
-    size = 4
-    assert len(prompts) % size == 0 and trainer_state.max_steps == 2
-    values = []
-    for start in range(0, len(prompts), size):
-        group = prompts[start : start + size]
-        assert all(prompt == group[0] for prompt in group)
-        order = sorted(range(size), key=lambda i: completions[start + i][-1]["content"])
-        values += [order.index(i) / size for i in range(size)]
-    return values
+    assert len(prompts) % 4 == 0 and trainer_state.max_steps == 2
+    assert all(prompt == prompts[i - i % 4] for i, prompt in enumerate(prompts))
+    return [i % 4 / 4 for i in range(len(prompts))]
 
 
 NAMES = ["text", "tokens", "solution", "fmt", "row", "images", "label", "prompt", "columns"]
@@ -580,13 +571,6 @@ def test_an_evaluation_goes_on_from_any_directory(home, capsys, monkeypatch):
     assert json.loads((home / "graded/args.json").read_text())["adapter"] == str(home / "brought")
     monkeypatch.chdir(home)
     infer.main([*ask, "--adapter", "brought", "--resume"])
-    Path("q.txt").write_text("1 + 1?\n2 + 2?\n")
-    for place in (".", "base"):
-        monkeypatch.chdir(home / place)
-        infer.main(["--adapter", os.path.relpath(home / "brought"), "--model", str(home / "base"),
-                    "--file", str(home / "q.txt"), "--jsonl", str(home / "a.jsonl"),
-                    "--max-tokens", "2", *["--resume"] * (place == "base")])
-    assert "2 of 2 are answered already" in capsys.readouterr().err
 
 
 def typed(shown: str, cwd) -> subprocess.CompletedProcess:
@@ -606,19 +590,27 @@ def test_every_printed_command_runs_as_it_stands(beside, tiny_model, tmp_path):
     scripts.mkdir(exist_ok=True)
     for file in HERE.glob("*.py"):
         shutil.copy(file, scripts)
-    (furnish(place) / "noisy.py").rename(place / "my rewards.py")
+    (place / "my rewards.py").write_text(
+        "import os, signal\n"
+        "def stops(completions, trainer_state, **kwargs):\n"
+        "    if trainer_state.global_step == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return [len(c[0]['content'].encode()) % 7 for c in completions]\n")
     (place / "data 'mine'.jsonl").write_text(lines(
         {"question": f"\"It's\" $5 `x` {n}\n+ 1; how many\\?", "answer": n} for n in range(40)))
-    told = arguments(tiny_model, "--max-steps", "10", dataset="data 'mine'.jsonl",
-                     reward="my rewards.py:interrupt")
+    told = arguments(tiny_model, "--max-steps", "4", dataset="data 'mine'.jsonl",
+                     reward="my rewards.py:stops")
     done = command(scripts / "reasoning_model_grpo.py", *told, cwd=place)
     shown = [line for line in done.stdout.splitlines() if line.startswith("go on with: ")]
     assert len(shown) == 1, done.stdout + done.stderr
     done = typed(shown[0].removeprefix("go on with: "), place)
-    assert done.returncode == 0 and "step 10/10" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "step 4/4" in done.stdout, done.stdout + done.stderr
     asked = done.stdout[done.stdout.index("ask it:") + 7 :].strip()
     done = typed(asked, place)
     assert done.returncode == 0 and "answer:" in done.stdout, asked + done.stderr
+    for command_line in (shown[0].removeprefix("go on with: "), asked):  # a reader that has enough
+        done = typed(f"{command_line} | head -1", place)
+        assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
 
 
 # ---- Where it runs -------------------------------------------------------------------------------
@@ -694,23 +686,17 @@ def test_a_terminal_that_can_not_show_a_sign_gets_a_question_mark(
     assert b"Zo" in shown.buffer.getvalue()
 
 
-PLACES = {  # a name -> the environment, and whether it is a user's whom the machine does not know
-    "the C locale": ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, False),
-    "no HOME": ({"HOME": None}, False),
-    "an unknown user": ({"HOME": None, "XDG_CACHE_HOME": None}, True),
-    "an unknown user at /": ({"HOME": "/", "XDG_CACHE_HOME": None}, True),
-}
-
-
 @slow
-@pytest.mark.parametrize("name", PLACES)
-def test_a_whole_run_and_its_answer_come_wherever_it_runs(name, tiny_model, workplace):
-    """In a directory that any user may write to, scripts, model and data in it."""
-    more, unknown = PLACES[name]
-    before = ["setpriv", "--reuid", "54321", "--clear-groups"] if unknown else []
-    if unknown and (not shutil.which("setpriv") or subprocess.run(
-            [*before, sys.executable, "-c", "import torch"], capture_output=True).returncode):
-        pytest.skip("takes root, setpriv, and an environment that other users may read")
+@pytest.mark.parametrize("home", [None, "/"])
+def test_a_whole_run_and_its_answer_come_wherever_it_runs(home, tiny_model, workplace):
+    """In the C locale, of a user whom the machine does not know where that can be, in a directory
+    that any user may write to, with scripts, model and data in it."""
+    more = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": home,
+            "XDG_CACHE_HOME": None}
+    unknown = ["setpriv", "--reuid", "54321", "--clear-groups", sys.executable]
+    if not shutil.which("setpriv") or subprocess.run(
+            [*unknown, "-c", "import torch"], capture_output=True).returncode:
+        unknown = [sys.executable]  # it takes root, and an environment for others to read
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         for file in HERE.glob("*.py"):
@@ -723,18 +709,8 @@ def test_a_whole_run_and_its_answer_come_wherever_it_runs(name, tiny_model, work
         env = {key: value for key, value in (os.environ | more).items() if value is not None}
         for told in (["reasoning_model_grpo.py", *arguments("model", "--warm-start", "1")],
                      ["infer.py", "Zoë has 3 数?"], ["report.py", "outputs/smollm2-135m"]):
-            done = subprocess.run([*before, sys.executable, *told], cwd=place, env=env,
-                                  capture_output=True)
+            done = subprocess.run([*unknown, *told], cwd=place, env=env, capture_output=True)
             assert done.returncode == 0, (told[0], done.stderr[-2000:].decode("utf-8", "replace"))
-
-
-@slow
-def test_a_reader_that_has_enough_ends_it_in_silence(workplace, tiny_model):
-    told = [sys.executable, "-u", HERE / "reasoning_model_grpo.py", "--dry-run"]
-    shown = shlex.join(map(str, [*told, *arguments(tiny_model)]))
-    done = subprocess.run(f"{shown} | head -1", shell=True, text=True, capture_output=True)
-    assert done.stdout.count("\n") == 1
-    assert "Traceback" not in done.stderr and "Broken" not in done.stderr, done.stderr
 
 
 def test_options_typed_after_run_in_a_notebook_are_read(monkeypatch, capsys):
@@ -745,13 +721,3 @@ def test_options_typed_after_run_in_a_notebook_are_read(monkeypatch, capsys):
         assert "did you mean --model" in stopped(capsys, main)
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     assert script.parse_options(None).typed == set()
-
-
-def test_numbers_are_read_on_every_python_from_3_11_on():
-    """Before 3.11.5 a possessive group, `(...)*+`, matches what it should not (gh-106052); an
-    atomic one, `(?>(...)*)`, does the same and is right."""
-    patterns = {name: value.pattern for module in (rewards, script, infer, laptop)
-                for name, value in vars(module).items() if isinstance(value, re.Pattern)}
-    assert len(patterns) > 20
-    assert not [name for name, pattern in patterns.items()
-                if re.search(r"(?<!\\)\)([*+?]|\{[\d,]+\})\+", pattern)]
