@@ -1341,7 +1341,8 @@ def set_fields(pairs: list[str], known: dict, owned: dict) -> dict:
         fields[name] = value
         with suppress(ValueError):
             fields[name] = json.loads(value)
-        if isinstance(known[name], (int, float)) and not isinstance(fields[name], (int, float)):
+        number_wanted, set_to = isinstance(known[name], (int, float)), fields[name]
+        if number_wanted and (not isinstance(set_to, (int, float)) or math.isnan(set_to)):
             stop(f"--set {pair}: {name} is a number or true/false, by default {known[name]}")
     return fields
 

