@@ -140,7 +140,7 @@ _REWRITTEN = [(re.compile(pattern), plain) for pattern, plain in (
     (r"(?<=[0-9])(?:(?:\{,\}|,?\\[,!])(?>(?:\\!|\s)*)|[\u2009\u202f'’])(?=[0-9])", ","),  # 1'080
     (r"(?<=[0-9])(?>(?::00)+)(?![0-9:])", ""),  # "2:00"
     (r"(?<=[^\W\d_])\}?+\^\{?+[23]\}?+(?![0-9])", "²"),  # "cm^3", "\text{m}^{2}": a unit's power
-    (r"[<>!~/]=", "≠"),  # a bound is no equation
+    (r"[<>!~/]=", "≠"), ("…", "⋯"),  # a bound is no equation, and "0.3…" no number
     ("千[克米]", " km"),  # else 千 is a thousand
     (r"\bRs\b\.?", "₹"))]  # fmt: skip
 
