@@ -161,8 +161,7 @@ _NUMBER = re.compile(rf"(?>(?:{_GROUPS}|[0-9]++)?)(?>(?:\.[0-9]++)?)")  # India'
 # LaTeX, Markdown and quotes around a number carry no value; nor does the sign of degrees or inches.
 _MARKUP = re.compile(r"""\\(?:boxed|text|textbf|mathrm|mathbf)\{|\\[,;! ()\[\]]|\\(?=[$%])|\*\*"""
                      r"""|[}`"“”″]|~(?=\\?[A-Za-z])|\^\{?+\\circ""")  # fmt: skip
-# Before the digits may stand a sign and a currency; a "$" may be maths, too.
-_SIGN = "$¢£¥৳฿\u20a0-\u20c0￠￡￥￦"
+_SIGN = "$¢£¥৳฿\u20a0-\u20c0￠￡￥￦"  # of a currency; a "$" may be maths, too
 _CURRENCY = re.compile(rf"(?:US |[A-Z]{{0,3}})[{_SIGN}]|USD|EUR|GBP|INR|CNY|RMB|JPY|AUD|CAD|CHF")
 # Behind them a unit: words of any script, whose vowel signs and accents are no letters.
 _UNIT = re.compile(rf"(?>(?:[\s.。।%°()'’{_SIGN}]|/?+[^\W\d_]++[\u0300-\u1fff]*+[-,/&;:!23]?+)*)")
@@ -406,6 +405,7 @@ def did_you_mean(word: str, known) -> str:
 
 class OneLineParser(argparse.ArgumentParser):
     """argparse, but an error is one line and names the nearest flag."""
+
     def error(self, message):
         if message.startswith("unrecognized arguments:"):
             wrong = message.split()[2].split("=")[0]
