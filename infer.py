@@ -4,7 +4,6 @@
     python infer.py --samples 8 "..."                             # majority vote of 8 samples
     python infer.py --file questions.txt --jsonl answers.jsonl    # or from standard input
     python infer.py --evaluate                                    # on what its run held out
-    python infer.py --evaluate --dataset test.jsonl --samples 4   # majority vote, pass@4
 
 Takes the newest adapter under outputs/ unless told otherwise, and prompts it as it was trained;
 greedy by default. With a GPU it answers through Unsloth's and vLLM's engine (fast_generate), and
@@ -17,7 +16,7 @@ import json
 import os
 import re
 import sys
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,13 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=number(int, 0, below=2**32), default=0)
     add("--samples", type=number(int, 1, below=10_000), default=1, metavar="K", help="K draws vote")
     add("--compare", action="store_true", help="also without the adapter")
-    add("--chat", action="store_true", help="ask one after the other: /samples N /reset /quit")
+    add("--chat", action="store_true", help="ask one after the other: /reset /quit")
     add("--json", action="store_true", help="one JSON object a question")
     add("--jsonl", type=path, metavar="FILE", help="the same into a file, as they come")
     add("--resume", action="store_true", help="go on with what --jsonl or --output-dir holds")
     add = parser.add_argument_group("--evaluate: grade answers, for report.py").add_argument
-    add("--evaluate", action="store_true", help="the questions that the adapter's run held out, "
-        "with --samples K also majority vote and pass@K; the table, and a row a question")
+    add("--evaluate", action="store_true", help="the questions that the adapter's run held out")
     add("--dataset", type=file_path, help="other questions: file, folder or Hub id (test split)")
     add("--question-column", nargs="+", help="of --dataset; default: question")
     add("--answer-column", help="of --dataset: the gold; default: answer")
@@ -80,30 +78,25 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     for name in ("dataset", "question_column", "answer_column", "eval_questions", "output_dir"):
         if getattr(args, name) and not args.evaluate:
             stop(f"--{name.replace('_', '-')} goes with --evaluate")
-    greedy = not args.temperature and args.samples == 1
-    for wrong, message in (
-        (args.resume and not (args.jsonl or args.output_dir),
-         "--resume goes with --jsonl FILE, or with --evaluate --output-dir DIR"),
-        (args.question is not None and args.file, "a question and --file: leave one out"),
-        (args.json and args.jsonl, "--json and --jsonl: leave one out"),
-        (args.top_p > 1, f"--top-p {args.top_p} is not at most 1"),
-        (args.top_p < 1 and greedy,
-         "--top-p changes nothing of a greedy answer: give --temperature or --samples, too"),
-        (args.temperature and args.temperature < 0.01,
-         f"--temperature {args.temperature} is 0, greedy, or at least 0.01"),
-        (args.samples > 1 and args.temperature == 0,
-         "--samples of --temperature 0 would all be the same; leave out --temperature"),
-        (args.chat and args.engine in ("vllm", "unsloth"),
-         "--chat streams through transformers; leave out --engine"),
-        (args.compare and args.model and not args.adapter,
-         "--compare needs an adapter; --model alone has none"),
-        (args.jsonl and args.jsonl.is_file() and args.jsonl.stat().st_size and not args.resume,
-         f"{args.jsonl} exists: --resume goes on with it, or name another file"),
-    ):
-        if wrong:
-            stop(message)
-    args.typed_temperature = args.temperature
-    if args.temperature is None:
+    if args.resume and not (args.jsonl or args.output_dir):
+        stop("--resume goes with --jsonl FILE, or with --evaluate --output-dir DIR")
+    if args.question is not None and args.file:
+        stop("a question and --file: leave one out")
+    if args.jsonl and args.jsonl.is_file() and args.jsonl.stat().st_size and not args.resume:
+        stop(f"{args.jsonl} exists: --resume goes on with it, or name another file")
+    if args.top_p > 1:
+        stop(f"--top-p {args.top_p} is not at most 1")
+    if args.top_p < 1 and args.samples == 1 and not args.temperature:
+        stop("--top-p changes nothing of a greedy answer: give --temperature or --samples, too")
+    if args.temperature and args.temperature < 0.01:
+        stop(f"--temperature {args.temperature} is 0, greedy, or at least 0.01")
+    if args.samples > 1 and args.temperature == 0:
+        stop("--samples of --temperature 0 would all be the same; leave out --temperature")
+    if args.chat and args.engine in ("vllm", "unsloth"):
+        stop("--chat streams through transformers; leave out --engine")
+    if args.compare and args.model and not args.adapter:
+        stop("--compare needs an adapter; --model alone has none")
+    if args.temperature is None and not args.evaluate:
         args.temperature = 0.8 if args.samples > 1 else 0.0
     if not (args.adapter or args.model):
         args.adapter = str(newest_adapter())
@@ -112,8 +105,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 
 def newest_adapter() -> Path:
     found = [file.parent for run in ("outputs/*", "trl_grpo_outputs*")  # a recipe's own
-             for file in Path().glob(f"{run}/[!.]*/adapter_config.json")]
-    found = [path for path in found if not path.name.startswith("checkpoint-")]
+             for file in Path().glob(f"{run}/[!.]*/adapter_config.json")
+             if "checkpoint-" not in file.parent.name]
     whole = [path for path in found if path.name != "warm_start_lora"]  # that of a broken run
     return max(whole or found, key=lambda path: path.stat().st_mtime, default=None) or stop(
         "no adapter under outputs/ yet: train one with `python reasoning_model_grpo.py`, or name "
@@ -171,15 +164,15 @@ def writing(file: Path):
 
 def open_answers(args, questions: list[str]):
     """(FILE of --jsonl, how many questions it answers); a line cut short by a break is redone."""
-    *lines, rest = [""]
+    lines, rest, by = [], "", who(args)
     if args.jsonl.is_file():
         data = args.jsonl.read_bytes()
         *lines, rest = data.decode("utf-8", "replace").rstrip("\ufffd").split("\n")
-    begun = [row_of(q, by=who(args), samples=args.samples)[:-1] + "," for q in questions]
+    begun = [row_of(q, by=by, samples=args.samples)[:-1] + "," for q in questions]
     ours = len(lines) <= len(questions) and all(map(str.startswith, lines, begun))
     following = "".join(row_of(q)[:-1] for q in questions[len(lines) :][:1])
     if not ours or not (following.startswith(rest) or following and rest.startswith(following)):
-        stop(f"{args.jsonl} answers other questions, by another than {who(args)}, or otherwise; "
+        stop(f"{args.jsonl} answers other questions, by another than {by}, or otherwise; "
              "name another file, or what it was made with")
     with writing(args.jsonl):
         if rest:
@@ -202,15 +195,11 @@ def choose_engine(wanted: str, gpu: bool, packages: set[str], lora: bool = True)
     return ("unsloth" if backend == "unsloth" else "vllm"), why
 
 
-def four_bits(base) -> bool:
-    return base.run.get("options", {}).get("load_in_4bit", False)
-
-
 def with_transformers(args, base, tokenizer, dtype: str, room: int):
     """Everywhere, and the first to answer; on a CPU with the adapter merged."""
     script = training_script("--engine transformers")
     how = SimpleNamespace(dtype=dtype, attn_implementation="auto", full_finetune=False,
-                          load_in_4bit=four_bits(base))
+                          load_in_4bit=base.run.get("options", {}).get("load_in_4bit", False))
     model = script.load_saved(how, base, base.adapter)
     bare = script.load_saved(how, base, None) if args.compare else None
 
@@ -225,43 +214,37 @@ def with_transformers(args, base, tokenizer, dtype: str, room: int):
 
 
 def with_vllm(args, base, tokenizer, dtype: str, room: int):
-    """vLLM, with the adapter as a LoRA request."""
     import torch
-
     options = {"dtype": dtype, "max_model_len": room, "use_tqdm_on_load": False}
     if base.adapter:
         options |= {"enable_lora": True, "max_lora_rank": max_lora_rank(base.adapter)}
     if not torch.cuda.is_available():
-        # One process starts in 3 s instead of 15; compiling costs 70 s or more, gains nothing;
-        # without a size of its own the cache asks for more memory than there is.
+        # Starts in 3 s, not 15; compiling takes 70 s; the cache would take more than there is.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
     else:
-        if four_bits(base):
+        if base.run.get("options", {}).get("load_in_4bit"):
             options["quantization"] = "bitsandbytes"
         if torch.cuda.get_device_capability()[0] < 8:  # FlashInfer wants newer ones
             options["attention_backend"] = "TRITON_ATTN"
     from vllm import LLM
     from vllm.lora.request import LoRARequest
-
     engine = LLM(model=base.path, **options)
     return engine_of(args, tokenizer, engine.generate, lambda: LoRARequest(
         "adapter", 1, str(base.adapter)) if base.adapter else None)
 
 
 def with_unsloth(args, base, tokenizer, dtype: str, room: int):
-    """Unsloth's 4-bit model with its vLLM engine inside."""
     import torch
-
     os.environ.setdefault("UNSLOTH_VLLM_NO_FLASHINFER", "1")  # as in training
     from unsloth import FastLanguageModel
-
     hide_loading_bars()
+    four_bit = base.run.get("options", {}).get("load_in_4bit", False)
     # With the adapter, not the base alone: only then the model has load_lora.
     with adapter_naming(base.path, base.adapter) as path:
         model, _ = FastLanguageModel.from_pretrained(
             model_name=path, fast_inference=True, dtype=getattr(torch, dtype),
-            load_in_4bit=four_bits(base), load_in_16bit=not four_bits(base), max_seq_length=room,
+            load_in_4bit=four_bit, load_in_16bit=not four_bit, max_seq_length=room,
             max_lora_rank=max_lora_rank(path))
     return engine_of(args, tokenizer, model.fast_generate, lambda: model.load_lora(
         str(base.adapter)) if base.adapter else None)
@@ -270,19 +253,14 @@ def with_unsloth(args, base, tokenizer, dtype: str, room: int):
 def engine_of(args, tokenizer, generate, lora):
     """What answers through vLLM's `generate`; `lora()` is its request for the adapter, if any."""
     from vllm import SamplingParams
-
     return lambda texts, adapter=True, streamer=None, seed=None: complete_with_vllm(
         generate, SamplingParams, tokenizer, texts, args.room, args.temperature, args.top_p,
         args.seed if seed is None else seed, lora() if adapter else None)
 
 
-def beyond_vllm(adapter: Path | None) -> str | None:
-    """What of an adapter vLLM would refuse, or leave out in silence; None where it is a plain LoRA
-    of matrices in the layers."""
-    if adapter is None:
-        return None
+def beyond_vllm(adapter: Path) -> str | None:
+    """What of an adapter vLLM refuses, or leaves out in silence: all but LoRA of the layers."""
     from peft import load_peft_weights
-
     try:
         record = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         names = load_peft_weights(str(adapter), device="cpu")
@@ -305,18 +283,16 @@ ENGINES = {"transformers": with_transformers, "vllm": with_vllm, "unsloth": with
 def load_engine(args, base, tokenizer, dtype: str, room: int):
     """The engine's generate, and one line on stderr that says which and why."""
     import torch
-
     end_at_ctrl_c(False)
     gpu = torch.cuda.is_available()
     packages = {name for name in INSTALL if importlib.util.find_spec(name)}
     wanted = "transformers" if args.chat else args.engine
     name, why = choose_engine(wanted, gpu, packages, base.adapter is not None)
-    odd = beyond_vllm(base.adapter) if name != "transformers" else None
+    odd = beyond_vllm(base.adapter) if base.adapter and name != "transformers" else None
     if odd and args.engine != "auto":
         stop(f"--engine {name} can't answer from this adapter ({odd}): take transformers")
     if odd:
         name, why = "transformers", f"vLLM takes no adapter with {odd}"
-    args.answered_by = name
     if name == "unsloth" and dtype == "float32" and not args.dtype:  # trained on a CPU
         dtype = "bfloat16"
     if dtype != "float16" and gpu and torch.cuda.get_device_capability()[0] < 8:
@@ -325,19 +301,13 @@ def load_engine(args, base, tokenizer, dtype: str, room: int):
     asked = "" if base.run else "; no args.json beside it, so asked in the xml format"
     print(f"{what}; engine {name} ({why}) on {'cuda' if gpu else 'cpu'}, {dtype}{asked}",
           file=sys.stderr, flush=True)
-    # vLLM's log would stand between the answers.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else it stands between the answers
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     try:
         with quiet():
             return ENGINES[name](args, base, tokenizer, dtype, room)
     except Exception as problem:  # vLLM and Unsloth raise all kinds
-        reason = " ".join(f"{name} can't start ({type(problem).__name__}: {problem})".split())
-        if name == "transformers" or args.engine != "auto" or not training_script():
-            stop(f"{reason}; --engine transformers runs everywhere")
-        print(f"{reason}; transformers instead", file=sys.stderr, flush=True)
-        args.answered_by = "transformers"
-        return with_transformers(args, base, tokenizer, dtype, room)
+        stop(f"{name} can't start ({problem!r}); --engine transformers runs everywhere")
 
 
 def open_saved(args):
@@ -347,15 +317,14 @@ def open_saved(args):
         return open_alone(args)
     script.quiet_libraries()
     base = script.find_base(args.model, args.adapter, args.model is not None)
-    template = args.chat_template or base.run.get("chat_template", "own")
     dtype = script.choose_dtype(args.dtype or base.run.get("dtype", "auto"), "unsloth")
+    template = args.chat_template or base.run.get("chat_template", "own")
     return base, script.load_tokenizer(base, template), dtype
 
 
 def open_alone(args):
     """The same without the training script: the engines find the base."""
     from transformers import AutoTokenizer
-
     place, run = Path(args.adapter) if args.adapter else None, {}
     if place and not (place / "adapter_config.json").is_file():
         stop(f"{place} is no adapter directory: it has no adapter_config.json")
@@ -398,7 +367,6 @@ def ask(generate, texts: list[str], samples: int, fmt: str, **how) -> list[dict]
 def show(question: str, row: dict, many: bool) -> None:
     from rich.console import Console
     from rich.table import Table
-
     if many:
         print(f"\n> {printable(question)}")
     if "without_adapter" not in row:
@@ -418,7 +386,6 @@ def answer_line(row: dict) -> str:
 def answer_all(args, questions, texts, generate, fmt: str, file) -> None:
     """Answer in chunks; shown and written as they come, so that a broken run keeps what it had."""
     from tqdm import tqdm
-
     many, by = len(questions) > 1, who(args)
     for start in tqdm(range(0, len(texts), CHUNK), "answering", leave=False,
                       disable=not (many and (args.jsonl or args.json))):
@@ -428,14 +395,14 @@ def answer_all(args, questions, texts, generate, fmt: str, file) -> None:
             plain = ask(generate, texts[part], args.samples, fmt, adapter=False)
             rows = [row | {"without_adapter": other} for row, other in zip(rows, plain)]
         for question, row in zip(questions[part], rows):
-            if not (file or args.json):
-                show(question, row, many)
-                continue
             line = row_of(question, **{"by": by, "samples": args.samples} | row)
-            with writing(args.jsonl) if file else nullcontext():
-                print(line, file=file, flush=True)
-    if args.jsonl:
-        print(f"in {args.jsonl}", file=sys.stderr)
+            if args.json:
+                print(line, flush=True)
+            if file:
+                with writing(args.jsonl):
+                    print(line, file=file, flush=True)
+            if not (args.json or file):
+                show(question, row, many)
 
 
 def chat(args, generate, tokenizer, run: dict, fmt: str, limit: int | None) -> None:
@@ -443,40 +410,32 @@ def chat(args, generate, tokenizer, run: dict, fmt: str, limit: int | None) -> N
     from rich.console import Console
     from rich.text import Text
     from transformers import TextStreamer
-
     class Dim(TextStreamer):
         def on_finalized_text(self, text, stream_end=False):
             console.print(Text(printable(text), style="dim"), end="\n" if stream_end else "")
 
     read_input_as_utf8()
-    console, turns, samples, asked = Console(), [], args.samples, args.typed_temperature
-    console.print("a question, or /samples N, /reset, /quit", style="dim")
+    console, turns = Console(), []
+    console.print("a question, or /reset, /quit", style="dim")
     while True:
         try:
             line = console.input("[bold]> [/]").strip()
         except (EOFError, KeyboardInterrupt):
             return
-        command, _, value = line.partition(" ")
-        if command == "/quit":
+        if line == "/quit":
             return
-        if command == "/reset":
+        if line == "/reset":
             turns = []
-        elif command == "/samples" and re.fullmatch("[1-9][0-9]{0,3}", value):
-            if asked == 0 and value != "1":
-                console.print("of --temperature 0 all would be the same", style="dim")
-                continue
-            samples = int(value)
-            args.temperature = asked or (0.8 if samples > 1 else 0.0)
         elif line.startswith("/"):
-            console.print("/samples N, /reset or /quit", style="dim")
+            console.print("/reset or /quit", style="dim")
         elif line:
             text = render(line, run, tokenizer, turns)
             if limit and len(tokenizer(text).input_ids) + args.room > limit:
                 console.print(f"that exceeds the model's {limit} tokens: /reset", style="dim")
                 continue
             streamer = Dim(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            (row,) = ask(generate, [text], samples, fmt,
-                         streamer=streamer if samples == 1 else None)
+            (row,) = ask(generate, [text], args.samples, fmt,
+                         streamer=streamer if args.samples == 1 else None)
             turns += [{"role": "user", "content": line},
                       {"role": "assistant", "content": row["completion"]}]
             console.print(Text(answer_line(row), style="bold"))
@@ -486,7 +445,6 @@ def chat(args, generate, tokenizer, run: dict, fmt: str, limit: int | None) -> N
 def evaluate(args) -> None:
     """Grade answers to held-out questions, in chunks that a break does not lose, for report.py."""
     from tqdm import tqdm
-
     script = training_script("--evaluate")
     base, tokenizer, dtype = open_saved(args)
     made = base.run.get("options") or {}
@@ -494,17 +452,25 @@ def evaluate(args) -> None:
     vars(options).update(made, typed={"dataset"}, resume=False)
     rows = held_out_rows(script, args, options, base, tokenizer)
     args.room = args.max_tokens or base.run.get("max_completion_length", 512)
-    if args.samples > 1 and args.typed_temperature is None:
-        args.temperature = made.get("temperature", 1.0)  # as GRPO's rollouts
+    if args.temperature is None:
+        args.temperature = made.get("temperature", 1.0) if args.samples > 1 else 0.0  # as rollouts
     # The longest first, in batches of that order: as in training, so the texts are the same.
     rows = sorted(rows, key=lambda row: -row["tokens"])
-    place = existing_path(str(base.adapter)) if base.adapter else ""
-    record = {"adapter": place, "base_model": base.name, "dtype": dtype,
+    adapter = existing_path(str(base.adapter)) if base.adapter else ""
+    record = {"adapter": adapter, "base_model": base.name, "dtype": dtype,
               "samples": args.samples, "temperature": args.temperature, "top_p": args.top_p,
               "seed": args.seed, "max_completion_length": args.room, "questions": len(rows)}
-    place, done = start_evaluation(script, args, base, record)
+    name = base.adapter.parent.name if base.adapter else Path(base.name).name
+    place = args.output_dir or Path("outputs/evaluations", name or "model")
+    if not args.resume:
+        place = script.free_directory(place)
+    elif (place / "args.json").is_file() and script.read_record(place / "args.json") != record:
+        stop(f"{place} was asked otherwise: name another --output-dir, or leave out --resume")
+    with script.one_line(f"--output-dir {place} can't be written"):
+        place.mkdir(parents=True, exist_ok=True)
+        script.write_whole(place / "args.json", record)
+    done = script.read_jsonl(place / "evaluation.jsonl")
     generate = load_engine(args, base, tokenizer, dtype, rows[0]["tokens"] + args.room)
-    script.write_whole(place / "args.json", record | {"engine": args.answered_by})
     chunk = max(1, script.EVALUATION_BATCH // args.samples)
     for start in tqdm(range(len(done), len(rows), chunk), "evaluating"):
         part = rows[start : start + chunk]
@@ -518,8 +484,7 @@ def evaluate(args) -> None:
 
 
 def held_out_rows(script, args, options, base, tokenizer) -> list[dict]:
-    """The questions with their prompts: of --dataset, those that the adapter's run asked, or those
-    that its record leads to."""
+    """With prompts: those of --dataset, those that the run asked, or that its record leads to."""
     run_dir = (base.adapter or Path(base.path)).parent
     asked = script.read_jsonl(run_dir / "evaluation_before.jsonl") if base.run else []
     if args.dataset:
@@ -537,22 +502,6 @@ def held_out_rows(script, args, options, base, tokenizer) -> list[dict]:
     return script.add_prompts(rows, base.run.get("shots", []), options, tokenizer, "held-out")
 
 
-def start_evaluation(script, args, base, record: dict) -> tuple[Path, list[dict]]:
-    """(its directory, the rows that a broken one left there)."""
-    name = base.adapter.parent.name if base.adapter else Path(base.name).name
-    place = args.output_dir or Path("outputs/evaluations") / (name or "model")
-    if not args.resume:
-        place = script.free_directory(place)
-    elif (place / "args.json").is_file():
-        before = script.read_record(place / "args.json")
-        if before | record != before:
-            stop(f"{place} was asked otherwise: name another --output-dir, or leave out --resume")
-    with script.one_line(f"--output-dir {place} can't be written"):
-        place.mkdir(parents=True, exist_ok=True)
-        script.write_whole(place / "args.json", record)
-    return place, script.read_jsonl(place / "evaluation.jsonl")
-
-
 def main(argv: list[str] | None = None) -> None:
     take_any_terminal()
     share_processors()
@@ -568,19 +517,14 @@ def main(argv: list[str] | None = None) -> None:
     base, tokenizer, dtype = open_saved(args)
     import torch  # its own seed: transformers' set_seed imports peft, which takes seconds
     from transformers import AutoConfig
-
     torch.manual_seed(args.seed)
     run, questions = base.run, questions[done:]
     args.room = args.max_tokens or run.get("max_completion_length", 512)
     texts = [render(question, run, tokenizer) for question in questions]
     lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
     if refuses_system(tokenizer, run.get("chat_template_kwargs", {})):
-        print("this chat template takes no system text: it goes before the first question",
-              file=sys.stderr)
-    try:
-        config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)  # else it asks
-    except (OSError, ValueError) as problem:
-        stop(f"{base.path} is no model that can be loaded: {problem}")
+        print("the template takes no system text: the question begins with it", file=sys.stderr)
+    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)  # else it asks
     limit = getattr(config, "max_position_embeddings", None)
     for question, length in zip(questions, lengths):
         if limit and length + args.room > limit:
@@ -593,12 +537,11 @@ def main(argv: list[str] | None = None) -> None:
     answer_all(args, questions, texts, generate, fmt, file)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not in_a_cell(globals().get("__file__")):  # a cell says main([...])
     if "IPython" not in sys.modules:
         end_at_ctrl_c(True)  # while it loads
     try:
-        if not in_a_cell(globals().get("__file__")):  # a cell says main(["..."]) itself
-            main()
+        main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:  # `| head -1` has enough
