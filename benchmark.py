@@ -47,7 +47,6 @@ def in_child(what: str, function, *given):
 
 
 def prepare(way: str) -> None:
-    """Set the process up, before it imports torch."""
     if way not in (DEFAULTS, BEST, PIPELINE):
         share_processors()
     script.quiet_libraries()
@@ -123,10 +122,10 @@ def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0
     finally:
         for process in busy:
             process.kill()
-    same = {"": way, "length": length, "peak GB": script.peak_memory_gb(),
+    same = {"": way, "length": length, "peak GB": script.peak_memory_gb(), "group": group,
             "tokens": length * config.generation_batch_size,
             "attention": trainer.model.config._attn_implementation,
-            "group": group, "prompt": sum(row["tokens"] for row in rows) / len(rows),
+            "prompt": sum(row["tokens"] for row in rows) / len(rows),
             "dtype": str(trainer.model.get_input_embeddings().weight.dtype)}
     counted = [marks[i : i + 4] for i in range(4, len(marks), 4)]  # the first step is not
     steps = [same | {"step": end - begun, "generation": done - asked,
