@@ -70,10 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """The options; stops at what can't work, before anything heavy is imported."""
     args = build_parser().parse_args(argv)
-    for one, others in {"evaluate": ("question", "file", "jsonl", "json", "compare", "chat"),
-                        "chat": ("question", "file", "json", "jsonl", "compare")}.items():
-        for other in others:
-            if getattr(args, one) and getattr(args, other):
+    for other in ("question", "file", "json", "jsonl", "compare", "chat"):
+        for one in ("evaluate", "chat"):
+            if one != other and getattr(args, one) and getattr(args, other):
                 stop(f"--{one} takes no {other}: leave it out")
     for name in ("dataset", "question_column", "answer_column", "eval_questions", "output_dir"):
         if getattr(args, name) and not args.evaluate:
@@ -229,8 +228,7 @@ def with_vllm(args, base, tokenizer, dtype: str, room: int):
             options["attention_backend"] = "TRITON_ATTN"
     from vllm import LLM
     from vllm.lora.request import LoRARequest
-    engine = LLM(model=base.path, **options)
-    return engine_of(args, tokenizer, engine.generate, lambda: LoRARequest(
+    return engine_of(args, tokenizer, LLM(model=base.path, **options).generate, lambda: LoRARequest(
         "adapter", 1, str(base.adapter)) if base.adapter else None)
 
 
@@ -260,10 +258,13 @@ def engine_of(args, tokenizer, generate, lora):
 
 def beyond_vllm(adapter: Path) -> str | None:
     """What of an adapter vLLM refuses, or leaves out in silence: all but LoRA of the layers."""
-    from peft import load_peft_weights
+    import torch
+    from safetensors.torch import load_file
     try:
         record = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        names = load_peft_weights(str(adapter), device="cpu")
+        file = max(adapter.glob("adapter_model.*"))  # .safetensors, else .bin
+        names = load_file(file) if file.suffix == ".safetensors" else torch.load(
+            file, "cpu", weights_only=True)
     except Exception as problem:  # transformers says what is wrong with it
         return f"files that can't be read: {problem}"
     fields = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "use_qalora",
@@ -406,7 +407,6 @@ def answer_all(args, questions, texts, generate, fmt: str, file) -> None:
 
 
 def chat(args, generate, tokenizer, run: dict, fmt: str, limit: int | None) -> None:
-    """Questions one after the other: the reasoning streams, dimmed, then the answer in bold."""
     from rich.console import Console
     from rich.text import Text
     from transformers import TextStreamer
@@ -537,11 +537,12 @@ def main(argv: list[str] | None = None) -> None:
     answer_all(args, questions, texts, generate, fmt, file)
 
 
-if __name__ == "__main__" and not in_a_cell(globals().get("__file__")):  # a cell says main([...])
+if __name__ == "__main__":
     if "IPython" not in sys.modules:
         end_at_ctrl_c(True)  # while it loads
     try:
-        main()
+        if not in_a_cell(globals().get("__file__")):  # a cell says main(["..."]) itself
+            main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:  # `| head -1` has enough
