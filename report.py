@@ -4,7 +4,8 @@
     python report.py outputs/smollm2-135m outputs/smollm2-135m-2 # one table, one picture of both
 
 RUN is a directory of reasoning_model_grpo.py or of `infer.py --evaluate`. One gets progress.png,
-completions.html and evaluation.json in it, several get comparison.png beside the first.
+completions.html and evaluation.json in it, several get comparison.png beside the first,
+with a number where there is one.
 """
 
 import argparse
@@ -236,8 +237,8 @@ def show_run(run: Run) -> None:
         print_table([run], run.figures["changes"])
         text = json.dumps(run.figures, indent=2, ensure_ascii=False)
         (run.directory / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-    if len(answers) > 1:
-        pairs = shared(answers[0], answers[-1])
+    pairs = shared(answers[0], answers[-1]) if len(answers) > 1 else []
+    if pairs:
         old, new = max(pairs, key=lambda pair: pair[1]["strict"] - pair[0]["strict"])
         print(f"\nquestion: {printable(old['question'])} (gold: {printable(old['gold'])})")
         for name, row in (("before", old), ("after", new)):
@@ -272,8 +273,11 @@ def main(argv: list[str] | None = None) -> None:
             show_run(runs[0])
         else:
             print_table(runs, verdicts(last))
-            picture = args.output or runs[0].directory.resolve().with_name("comparison.png")
-            draw(runs, picture.expanduser())
+            wanted = runs[0].directory.resolve().with_name("comparison.png")
+            wanted = args.output.expanduser() if args.output else wanted
+            numbered = (wanted.with_stem(f"{wanted.stem}-{n}") for n in itertools.count(2))
+            free = (path for path in itertools.chain([wanted], numbered) if not path.exists())
+            draw(runs, picture := next(free))
             print(f"picture: {printable(picture)}")
     except BrokenPipeError:  # `| head` has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

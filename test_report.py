@@ -168,7 +168,10 @@ def test_several_runs_are_one_table_one_picture_and_mcnemar(run, capsys, monkeyp
             "McNemar p = 0.0078, n = 10") in said
     assert "first, after GRPO → c, measured alone: nothing to compare, n = 0" in said
     assert said.splitlines()[-1] == f"picture: {run.parent / 'comparison.png'}"
-    assert "mine.png" in shown(capsys, "first", "c", "--output", "mine.png")
+    Path("mine.png").write_text("kept")
+    for more, made in ([], "comparison-2.png"), (["--output", "mine.png"], "mine-2.png"):
+        assert shown(capsys, "first", "c", *more).splitlines()[-1].endswith(made)
+    assert Path("mine.png").read_text() == "kept"
 
 
 def test_json_is_one_object_and_writes_nothing(run, capsys):
