@@ -502,7 +502,6 @@ WRONG = [  # what is typed (to train: beside a run that would work), what the on
         ("--set learning_rate=1", ": --learning-rate "),
         ("--set per_device_train_batch_size=1", ": --batch-size "),
         ("--set num_train_epochs=1", ": --max-steps "),
-        ("--set steps_per_generation=1", ": --gradient-accumulation-steps "),
         ("--reward-funcs correctnes_reward_func", "did you mean correctness_reward_func?"),
         ("--dataset broken.jsonl", "row 2 is malformed"),
         ("--dataset owner/name", "no data set owner/name to be had"),
@@ -515,6 +514,7 @@ WRONG = [  # what is typed (to train: beside a run that would work), what the on
         ("--lora-targets q_proj k_proj attn_out ff_proj", "--lora-targets attn_out, ff_"),
         ("--report-to wandb", "--report-to: wandb"),  # missing here, or without an account
         ("--backend unsloth", "--backend unsloth needs an NVIDIA GPU"),
+        ("--export gguf", "--export gguf is Unsloth's"),
     ]),
     *((infer.main, typed, says) for typed, says in [
         ("q", "no adapter under outputs/ yet"),
@@ -578,7 +578,6 @@ T4, A10, BOTH = (15.8, (7, 5)), (24, (8, 0)), ("unsloth", "vllm")
     (T4, BOTH, "--dtype bfloat16", "leave it out for float16"),
     (T4, BOTH, "--dtype float32", "--dtype float16"),
     # A small card writes as many completions a step, fewer at a time, but for Unsloth.
-    (A10, [], "--recipe small-models", {"batch_size": 8, "gradient_accumulation_steps": 1}),
     (T4, [], "--recipe small-models", {"batch_size": 4, "gradient_accumulation_steps": 2}),
     (T4, [], "--recipe small-models --batch-size 16", {"batch_size": 16}),  # as typed
     (T4, BOTH, "--recipe small-models", {"batch_size": 8, "gradient_accumulation_steps": 1}),
@@ -729,8 +728,10 @@ KINDS = {
     "UPPER.JSONL": lambda path: path.write_text(lines(TEN)),
     "raw.jsonl": lambda path: path.write_text(lines(TEN).replace("\\u2028", "\u2028")),
     "bom.jsonl": lambda path: path.write_text(lines(TEN), encoding="utf-8-sig"),
+    "list.json": lambda path: path.write_text(json.dumps(TEN, indent=1)),
     "data.json": lambda path: path.write_text(json.dumps({"version": 1, "data": TEN})),
     "lines.json": lambda path: path.write_text(lines(TEN)),
+    "rows.parquet": lambda path: script.pandas.DataFrame(TEN).to_parquet(path),
     "saved": lambda path: as_dataset(TEN).save_to_disk(path),
     "saved-parts": lambda path: script.datasets.DatasetDict(
         train=as_dataset(TEN[:7]), test=as_dataset(TEN[7:])).save_to_disk(path),
