@@ -252,8 +252,6 @@ half = functools.partial(lambda share, completions, **kwargs: [share for _ in co
 class Scorer:
     def __call__(self, completions, **kwargs):
         return shorter(completions)
-    def method(self, completions, **kwargs):
-        return shorter(completions)
 
 class Later(Scorer):
     async def __call__(self, completions, **kwargs):
@@ -263,11 +261,10 @@ class Later(Scorer):
 async def later(completions, **kwargs):
     return shorter(completions)
 
-scorer, awaited, method = Scorer(), Later(), Scorer().method
+scorer, awaited = Scorer(), Later()
 partial_later = functools.partial(later, kind="soon")
 '''
-CALLED = ["executor", "neighbour", "shorter", "half", "scorer", "awaited", "method", "later",
-          "partial_later"]
+CALLED = ["executor", "neighbour", "shorter", "half", "scorer", "awaited", "later", "partial_later"]
 
 
 @pytest.fixture
@@ -353,23 +350,16 @@ def shapes(rows: list[dict]) -> dict:
 
 def test_rows_come_as_trl_and_datasets_give_them_and_none_is_lost(tiny_model, workplace, capsys):
     rows = [row | {"answer": int(row["answer"].split()[-1])} for row in read_rows("data.jsonl")]
-    other = [{"question": f"q{n}", "answer": n, "level": 2} for n in range(5)]
-    seen = []
-
-    def spy(completions, level, **more):
-        seen.extend(int(value) for value in level)
-        return [0.0] * len(completions)
-
+    other = [{"question": f"q{n}", "answer": n} for n in range(5)]
     told = arguments(tiny_model, "--dry-run", "--eval-questions", "all")
     for name in shapes(rows):
         split = name in ("dict", "DatasetDict", "IterableDatasetDict")
         for given, found in (
                 ({"train": shapes(rows)[name]}, (30, 10) if split else (36, 4)),
                 ({"train": other, "test": shapes(rows)[name]}, (5, 10 if split else 40))):
-            script.main(told, reward_funcs=[spy], **given)
+            script.main(told, **given)
             said = capsys.readouterr().out
             assert "the rows given: {} to train on, {} held out".format(*found) in said, name
-            assert seen.pop() in {row["level"] for row in rows + other}, name
 
 
 # ---- Files and folders as they are published -----------------------------------------------------
@@ -552,9 +542,7 @@ def test_a_run_goes_on_with_what_has_moved(home, capsys, monkeypatch):
     script.main([*going_on, *found])
     told = [line for line in capsys.readouterr().out.splitlines() if "as typed; the run" in line]
     assert len(told) == 5 and all("new place" in line and "old" in line for line in told)
-    for left_out in range(4):
-        some = found[:left_out] + found[left_out + 1 :]
-        assert "old/" in stopped(capsys, script.main, [*going_on, *some], informed=True)
+    assert "old/" in stopped(capsys, script.main, [*going_on, *found[1:]], informed=True)
     other = [word.replace("vowels", "later") for word in found]
     line = stopped(capsys, script.main, [*going_on, *other], informed=True)
     assert "leave them out" in line
@@ -614,26 +602,22 @@ def test_every_printed_command_runs_as_it_stands(beside, tiny_model, tmp_path):
 
 
 # ---- Where it runs -------------------------------------------------------------------------------
-@pytest.fixture
-def remake(tiny_model, workplace):
-    """A copy of the tiny model whose tokenizer and template are changed by a function."""
-    def make(change) -> Path:
-        from transformers import AutoTokenizer
+def remade(model, change) -> Path:
+    """A copy of a model whose tokenizer and template are changed by a function."""
+    from transformers import AutoTokenizer
 
-        place = Path(shutil.copytree(tiny_model, "remade", dirs_exist_ok=True))
-        tokenizer = AutoTokenizer.from_pretrained(place)
-        change(tokenizer)
-        tokenizer.save_pretrained(place)
-        return place
-
-    return make
+    place = Path(shutil.copytree(model, "remade", dirs_exist_ok=True))
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    change(tokenizer)
+    tokenizer.save_pretrained(place)
+    return place
 
 
-def test_a_pad_token_without_a_row_or_none_is_replaced(remake, capsys):
+def test_a_pad_token_without_a_row_or_none_is_replaced(tiny_model, workplace, capsys):
     Path("q.txt").write_text("1 + 1?\nHow many are 22 and 333?\n")  # of unlike length: padded
     for change in (lambda one: one.add_special_tokens({"pad_token": "[PAD]"}),
                    lambda one: setattr(one, "pad_token", None)):
-        model = remake(change)
+        model = remade(tiny_model, change)
         script.main(arguments(model, "--dry-run"))
         infer.main(["--model", str(model), "--file", "q.txt", "--max-tokens", "3"])
         assert capsys.readouterr().out.count("answer:") == 2
@@ -647,13 +631,14 @@ def template(end: str) -> str:
 @pytest.mark.parametrize("own, end, says", [
     ("<bos>", "<|over|>", "no row for the token <.over.> .*resize"),  # ChatML put on a base model
     (None, "", "no end token")])
-def test_a_tokenizer_that_does_not_fit_is_refused_in_a_dry_run(own, end, says, remake, capsys):
+def test_a_tokenizer_that_does_not_fit_is_refused_in_a_dry_run(
+        own, end, says, tiny_model, workplace, capsys):
     def change(tokenizer):
         tokenizer.add_special_tokens({"additional_special_tokens": [end] if end else []})
         tokenizer.eos_token = tokenizer.pad_token = own
         tokenizer.chat_template = template(end)
 
-    model = remake(change)
+    model = remade(tiny_model, change)
     for main, told in ((script.main, arguments(model, "--dry-run")),
                        (infer.main, ["2 + 3?", "--model", str(model)])):
         assert re.search(says, stopped(capsys, main, told, informed=True))
@@ -662,9 +647,9 @@ def test_a_tokenizer_that_does_not_fit_is_refused_in_a_dry_run(own, end, says, r
 @pytest.mark.parametrize("end", [
     "</s>", "<|im_end|>", "<｜end▁of▁sentence｜>", "[/INST]", "a", "ende.", "<конец>", "。",
     "abcdefghijklm", "nopqrstuvwxyz"])
-def test_an_end_token_of_any_letters_ends_a_turn(end, remake):
+def test_an_end_token_of_any_letters_ends_a_turn(end, tiny_model, workplace):
     """None of its letters is taken for the reply's, and what it ends is cut there."""
-    model = remake(lambda _: None)
+    model = Path(shutil.copytree(tiny_model, "remade"))
     for file in model.glob("*.json*"):  # in place of a token that has a row
         text = file.read_text(encoding="utf-8")
         file.write_text(text.replace("<|start_header_id|>", end), encoding="utf-8")
