@@ -1,7 +1,4 @@
-"""What goes wrong, as its user meets it: one line, exit code 2, and nothing lost or half written.
-
-`pytest test_faults.py`, and `pytest -m slow test_faults.py` for what is broken off for real.
-"""
+"""What goes wrong, as its user meets it: one line, exit code 2, nothing lost or half written."""
 # ruff: noqa: F811  (fixtures are imported, and named as arguments)
 
 import gzip
@@ -20,7 +17,6 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from datetime import date
 from itertools import product
 from pathlib import Path
 
@@ -80,7 +76,6 @@ TEXTS = {  # by kind of file
 DATA = {f"{n}.{kind}": content for kind, all in TEXTS.items() for n, content in enumerate(all)} | {
     "cut.parquet": lambda path: [parquet(question=["a"], answer=[1])(path), shorten(path)],
     "none.parquet": parquet(question=[], answer=[]), "other.parquet": parquet(q=["a"], a=[1]),
-    "date.parquet": parquet(question=["a"], answer=[date(2025, 1, 1)]),
     "folder-empty": Path.mkdir, "folder-other": folder("readme", b"x"),
     "folder-columns": folder("train.jsonl", b'{"q": 1}\n'),
     "folder-info": folder("dataset_info.json", b"{"),
@@ -169,9 +164,7 @@ ADAPTERS = {
     ])},
     **{f"tensors-{name}": tensors(change) for name, change in {
         "nan": lambda all: {k: v * math.nan for k, v in all.items()},
-        "halved": lambda all: dict(list(all.items())[::2]),
-        "flat": lambda all: {k: v.flatten() for k, v in all.items()},
-        "more": lambda all: all | {"x.lora_A.weight": next(iter(all.values())) * 2}}.items()},
+        "halved": lambda all: dict(list(all.items())[::2])}.items()},
     "cut": lambda place: shorten(place / WEIGHTS),
     "no-weights": lambda place: (place / WEIGHTS).unlink(),
     **{f"bin-{n}": lambda place, content=content: pickled(content, place) for n, content in
@@ -194,11 +187,6 @@ def steps(run) -> list[int]:
     return [row["step"] for row in read_rows(Path(run) / "metrics.jsonl") if "loss" in row]
 
 
-def make(name) -> None:
-    content = DATA[name]
-    Path(name).write_bytes(content) if isinstance(content, bytes) else content(Path(name))
-
-
 @pytest.fixture
 def refused(workplace, capfd):
     """Called with words: they must end in one line that has a `subject`; nothing is written."""
@@ -215,7 +203,8 @@ def refused(workplace, capfd):
 
 @pytest.mark.parametrize("name", DATA)
 def test_a_malformed_data_set_is_named_in_one_line(name, refused, tiny_model):
-    make(name)
+    content = DATA[name]
+    Path(name).write_bytes(content) if isinstance(content, bytes) else content(Path(name))
     refused(plan(tiny_model, "--eval-dataset", "data.jsonl", data=name), name)
 
 
@@ -333,7 +322,7 @@ def test_a_warm_start_whose_gradient_is_not_finite_says_so(
     assert not (RUN / "warm_start_lora").exists() and not (RUN / "metrics.jsonl").exists()
 
 
-# ---- No room, no right to write, something in the way --------------------------------------------
+# ---- No room, no right to write, damaged files ---------------------------------------------------
 @pytest.fixture
 def remount(workplace):
     """What mounts a tmpfs at `disk` anew, with other options."""
@@ -350,35 +339,23 @@ def remount(workplace):
     subprocess.run(["umount", "-l", str(workplace / "disk")], check=True)  # what is open may stay
 
 
-ON_DISK = ["--save-steps", "1", "--max-steps", "3", "--output-dir", "disk/run"]
-
-
 @slow
 @pytest.mark.parametrize("options", ["size=8k", "size=120k", "size=550k", "ro"])
 def test_a_full_disk_ends_in_one_line_and_with_room_the_run_goes_on(
         options, remount, tiny_model, capfd):
-    argv, run = arguments(tiny_model, "--warm-start", "1", *ON_DISK), Path("disk/run")
+    argv, run = arguments(tiny_model, "--warm-start", "1", "--save-steps", "1", "--max-steps", "3",
+                          "--output-dir", "disk/run"), Path("disk/run")
     remount(options)
     assert "disk/run" in stopped(capfd, script.main, argv)
     for file in (*run.glob("[!.]*.json*"), *run.glob("*_lora/*.json")):  # whole or not there
         rows = file.read_text().split("\n") if file.suffix == ".jsonl" else [file.read_text()]
         assert [json.loads(row) for row in rows if row], file
     remount("rw,size=64m")
-    script.main(["--resume", *ON_DISK[-2:]] if (run / "args.json").exists() else argv)
+    script.main(["--resume", *argv[-2:]] if (run / "args.json").exists() else argv)
     assert steps(run) == [1, 2, 3] and (run / "evaluation_after.jsonl").is_file()
     if options == "size=550k":
         script.main([*argv[:-1], "whole"])
         assert same_weights(run / "grpo_saved_lora", "whole/grpo_saved_lora")
-
-
-@pytest.mark.parametrize("file", ["outputs", "outputs/smollm2-135m", "run/args.json/x"])
-def test_a_file_in_the_way_ends_in_one_line(file, workplace, tiny_model, capfd):
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_text("mine")
-    more = ["--output-dir", "run", "--resume"] if file.startswith("run") else []
-    line = stopped(capfd, script.main, arguments(tiny_model, *more))
-    assert file in line or "no run in run" in line
-    assert Path(file).read_text() == "mine"
 
 
 @slow
@@ -453,8 +430,6 @@ FORKED = multiprocessing.get_context("forkserver")  # it loads the libraries onc
 FORKED.set_forkserver_preload([
     "hypothesis", "matplotlib.pyplot", "pandas", "datasets", "trl.trainer.grpo_trainer",
     "trl.trainer.sft_trainer", "transformers.models.llama.modeling_llama"])
-MORE_STEPS = ["--max-steps", "4", "--save-steps", "2", "--warm-start", "6", "--eval-questions",
-              "all", "--max-completion-length", "48"]
 
 
 def run_in(place, words):
@@ -490,7 +465,9 @@ def wait_for(there, lives) -> None:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, tiny_model):
     """(where, the arguments, and the result of a run that nothing breaks)."""
-    place, argv = furnish(tmp_path_factory.mktemp("unbroken")), arguments(tiny_model, *MORE_STEPS)
+    place = furnish(tmp_path_factory.mktemp("unbroken"))
+    argv = arguments(tiny_model, "--max-steps", "4", "--save-steps", "2", "--warm-start", "6",
+                     "--eval-questions", "all", "--max-completion-length", "48")
     code, said = ended(start(place, *argv, "--output-dir", "whole"), place)
     assert code == 0, said
     return place, argv, result(place / "whole")
@@ -563,26 +540,6 @@ def test_ctrl_c_while_it_loads_ends_without_a_traceback(script, workplace, tiny_
     assert run.returncode in (130, -signal.SIGINT) and "Traceback" not in run.stderr, run.stderr
 
 
-@slow
-def test_an_interrupted_cell_saves_and_the_kernel_lives_on(workplace, tiny_model):
-    from jupyter_client.manager import start_new_kernel
-
-    manager, client = start_new_kernel(kernel_name="python3", cwd=str(workplace))
-    try:
-        argv = arguments(tiny_model, "--max-steps", "9999", "--eval-questions", "0",
-                         "--output-dir", "run", "--save-steps", "1", "--eval-steps", "0")
-        client.execute(f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
-                       f"import reasoning_model_grpo as script\nscript.main({argv})")
-        wait_for(Path("run/checkpoint-2/trainer_state.json").exists, manager.is_alive)
-        manager.interrupt_kernel()
-        wait_for(Path("run/grpo_saved_lora").exists, manager.is_alive)
-        reply = client.execute_interactive("assert 1 + 1 == 2", timeout=120)
-        assert reply["content"]["status"] == "ok"
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
-
-
 # ---- Long runs, several processes ----------------------------------------------------------------
 ODD = r"""
 import os
@@ -599,7 +556,7 @@ def resident(completions, trainer_state=None, **kwargs):
 
 def known(completions, trainer_state=None, **kwargs):
     if trainer_state and trainer_state.global_step:
-        Path(f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
+        Path(f"rank-{os.environ['RANK']}-{os.getpid()}").touch()
     return spread(completions)
 
 def written(self, prompt_ids, *_, **__):  # of a prompt's copies each another text, by itself
@@ -614,8 +571,7 @@ if os.environ.get("FIXED"):
 
 
 @slow
-def test_three_hundred_steps_take_no_more_memory_and_leave_two_checkpoints(
-        workplace, tiny_model):
+def test_three_hundred_steps_take_no_more_memory_and_leave_two_checkpoints(workplace, tiny_model):
     import numpy
 
     (workplace / "odd.py").write_text(ODD)
@@ -625,7 +581,6 @@ def test_three_hundred_steps_take_no_more_memory_and_leave_two_checkpoints(
     assert done.returncode == 0, done.stderr[-3000:]
     sizes = [float(size) for size in Path("resident.txt").read_text().split()][-150:]
     slope = numpy.polyfit(range(150), sizes, 1)[0]  # fails unless every step was counted
-    print(f"{sizes[-1]:.0f} MB, {slope:+.4f} MB a step over the last 150 of 300")
     assert slope < 0.03  # a step's logits, were they kept; its line of the log takes some kB
     assert sorted(path.name for path in RUN.glob("checkpoint-*")) == [
         "checkpoint-280", "checkpoint-300"]
@@ -646,14 +601,14 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_too(workplace, tiny_
     run = launched(2, *arguments(tiny_model, "--batch-size", "2", "--max-steps", "9999",
                                  "--eval-steps", "1", "--warm-start", "1", reward="odd.py:known"))
     try:
-        wait_for(lambda: len([*workplace.glob("rank-?")]) == 2, lambda: run.poll() is None)
-        ranks = [int(Path(f"rank-{n}").read_text()) for n in (0, 1)]
-        os.kill(ranks[1], signal.SIGKILL)
+        wait_for(lambda: len([*workplace.glob("rank-*")]) == 2, lambda: run.poll() is None)
+        ranks = dict(path.name.split("-")[1:] for path in workplace.glob("rank-*"))
+        os.kill(int(ranks["1"]), signal.SIGKILL)
         printed, said = run.communicate(timeout=90)
         assert run.returncode and re.search("SIGKILL|Signal 9|-9", said), said[-3000:]
         assert printed.count("recipe:") == 1 and printed.count("step 1/9999") == 1
         with pytest.raises(ProcessLookupError):
-            os.kill(ranks[0], 0)
+            os.kill(int(ranks["0"]), 0)
     finally:
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
