@@ -120,8 +120,8 @@ ONCE_WRONG = [  # of each, what a family or its tied embeddings once got wrong
     ("Llama", True, ".bin"), ("Llama", True, "head"), ("Llama", True, "table"),
     ("Llama", False, "pissa"), ("Qwen2", True, "olora"), ("Qwen2", True, "tokens of both"),
     ("Gemma", True, "embeddings beside"), ("GPT2", True, "both"), ("GPT2", False, "ranks")]
-# vLLM reads r, lora_alpha, use_rslora and lora_A, lora_B of layers; it knows no other rank, alpha or
-# beginning, and passes over biases (Gemma has none) and saved embeddings (peft_helper, lora_model).
+# vLLM reads r, lora_alpha, use_rslora and lora_A, lora_B of layers; it knows no other rank, alpha
+# or beginning, and passes over biases (Gemma has none) and saved embeddings (its peft_helper).
 VLLM_TAKES = {"plain", ".bin", "rslora", "one layer", "regex", "all linear", "gaussian"}
 BEYOND_PEFT = {("GPT2", "olora"), ("GPT2", "tied head"), ("Gemma", "bias of LoRA")}
 
