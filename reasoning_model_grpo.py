@@ -6,10 +6,8 @@
     python reasoning_model_grpo.py --resume                   # go on with the newest run
     accelerate launch --num_processes 2 reasoning_model_grpo.py --recipe qwen-0.5b-fp32
 
-In a notebook cell, with rewards.py beside it: main(["--max-steps", "20"]).
-
-Questions, model, evaluation; warm start, evaluation; GRPO, evaluation. Each phase hands the next
-one what it saved: what is measured is what was saved, and a run that breaks goes on where it was.
+In a notebook cell, with rewards.py beside it: main(["--max-steps", "20"]). Evaluation, warm start,
+evaluation, GRPO, evaluation: each phase begins with what the one before saved, also after a break.
 TRL's GRPOTrainer does the training; what it can do beyond these options goes through --set.
 """
 
@@ -31,7 +29,6 @@ import signal
 import statistics
 import sys
 import time
-import urllib.request
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -61,9 +58,8 @@ class Lazy(ModuleType):
 
 torch, transformers, trl, peft = map(Lazy, ("torch", "transformers", "trl", "peft"))
 accelerate, datasets, pandas, fsspec = map(Lazy, ("accelerate", "datasets", "pandas", "fsspec"))
-huggingface_hub, yaml, rich_console, rich_progress, rich_table = map(
-    Lazy, ("huggingface_hub", "yaml", "rich.console", "rich.progress", "rich.table"))
-parquet, resource = map(Lazy, ("pyarrow.parquet", "resource"))  # the last not on Windows
+huggingface_hub, parquet = map(Lazy, ("huggingface_hub", "pyarrow.parquet"))
+yaml, rich_progress, resource = map(Lazy, ("yaml", "rich.progress", "resource"))
 
 GSM8K = "openai/gsm8k"
 GIVEN, FROM_PYTHON = "the rows given", " (given from Python)"  # in args.json
@@ -72,7 +68,6 @@ TESTED = {  # the versions that requirements.txt and requirements-cpu.txt pin
     "transformers": "5.17.0", "trl": "1.13.0", "peft": "0.21.2", "datasets": "4.8.5",
     "accelerate": "1.15.0", "unsloth": "2026.10.9", "vllm": "0.19.1",
 }
-LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
 # ---- Recipes: what each of the five systems sets; every option overrides it ----------------------
 RECIPES = {
@@ -101,12 +96,10 @@ RECIPES = {
     },
     "smollm2-135m": {  # the default without a GPU, so without an account; else --report-to wandb
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "lora_rank": 16, "lora_alpha": 32,
-        # Untrained it writes no tag, every reward is 0, and nothing is learnt: supervised steps
-        # show it the format. After fewer of them long answers are so seldom right that it pays to
-        # stop after one calculation, after more GRPO has little to add. Groups that differ in
-        # format only would, scaled to their spread, count as much as those that differ in the
-        # answer. At a rate of 5e-4 it learnt to answer without reasoning, at 2e-4 some seeds and
-        # real questions got worse.
+        # Untrained it writes no tag, and every reward is 0. After fewer supervised steps it pays to
+        # stop after one calculation, after more GRPO has little to add. Scaled to their spread,
+        # groups that differ in format only would count as much as those that differ in the answer.
+        # A rate of 5e-4 taught it to answer without reasoning, 2e-4 made some seeds worse.
         "warm_start": 14, "learning_rate": 1e-4, "scale_rewards": "none", "batch_size": 16,
         "gradient_accumulation_steps": 2, "num_generations": 8, "max_steps": 40,
         "max_prompt_length": 300, "eval_questions": 384,
@@ -134,17 +127,14 @@ def build_parser() -> OneLineParser:
         return text if text == "all" else many(text)
 
     count, many, flag = number(int, 1), number(int, 0), argparse.BooleanOptionalAction
-    share, finite = number(float, 0), number(float, -math.inf, False)
     part = number(float, 0, inclusive=False, below=1)
     parser = OneLineParser(description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to train").add_argument
     add("--recipe", choices=RECIPES, help="default: qwen-3b on a GPU, else smollm2-135m")
-    add("--config", type=file_path, metavar="FILE.yaml",
-        help="options from a file; the command line wins")
+    add("--config", type=file_path, metavar="FILE.yaml", help="options; what is typed wins")
     add("--model", "--model-name", type=existing_path, help="Hub id, local directory or .gguf file")
-    add("--adapter", type=existing_path, metavar="DIR",
-        help="or OWNER/NAME: go on with it, or only --export it")
+    add("--adapter", type=existing_path, help="directory or Hub id: go on with it, or --export it")
     add("--chat-template", choices=("own", "plain"), default="own", help="plain: has none itself")
     add("--chat-template-kwargs", type=json.loads, default={}, metavar="JSON")
     add("--backend", choices=("auto", "transformers", "unsloth"), default="auto")
@@ -160,14 +150,12 @@ def build_parser() -> OneLineParser:
     add("--lora-targets", nargs="+", default=LINEAR, metavar="MODULE", help="or all-linear")
     add("--full-finetune", action=flag, default=False, help="train all weights, no adapter")
     add = parser.add_argument_group("on which questions").add_argument
-    add("--dataset", type=existing_path, default=GSM8K,
-        help="a Hub id, a file or folder, or generated, the default of smollm2-135m")
+    add("--dataset", type=existing_path, default=GSM8K, help="Hub id, file, folder, or generated")
     add("--dataset-config", help="of a Hub data set or a folder (GSM8K: main)")
-    add("--eval-dataset", type=existing_path, metavar="FILE",
-        help="held out; default: the test split, else a tenth")
+    add("--eval-dataset", type=existing_path, help="held out; default: the test split, or a tenth")
     add("--question-column", nargs="+", default=["question"], help="several are joined")
     add("--answer-column", default="answer", help="the gold number, alone or after ####")
-    add("--eval-question-column", nargs="+", help="of --eval-dataset, where it has other names")
+    add("--eval-question-column", nargs="+", help="of held-out rows, where they have other names")
     add("--eval-answer-column", help="the same")
     add("--skip-bad", action=flag, default=False, help="leave out rows that can't be used, aloud")
     add("--max-examples", type=count, help="train on the first N questions")
@@ -181,15 +169,13 @@ def build_parser() -> OneLineParser:
     add("--gradient-accumulation-steps", type=count, help="default: the fewest that hold a group")
     add("--num-generations", type=number(int, 2), default=8, help="group: completions a question")
     add("--max-completion-length", type=count, help="tokens; default: as worked solutions need")
-    add("--temperature", type=number(float, 0.01, below=100), default=1.0,
-        help="of the rollouts; best left at 1")
-    add("--beta", type=share, default=0.0, help="KL weight, 0 = no reference model")
-    add("--loss-type", choices=LOSS_TYPES, default="dapo")
-    add("--scale-rewards", choices=("group", "batch", "none"), default="group",
-        help="advantages in units of the spread in a group or batch, or as they are")
-    add("--reward-funcs", nargs="+", type=existing_path, metavar="NAME",
-        help="of rewards.py, or FILE.py:function")
-    add("--reward-weights", nargs="+", type=finite, metavar="W", help="default: 1 each")
+    add("--temperature", type=number(float, 0.01, below=100), default=1.0, help="best left at 1")
+    add("--beta", type=number(float, 0), default=0.0, help="KL weight, 0 = no reference model")
+    add("--loss-type", default="dapo",
+        choices=("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"))
+    add("--scale-rewards", choices=("group", "batch", "none"), default="group", help="units")
+    add("--reward-funcs", nargs="+", type=existing_path, metavar="NAME", help="or FILE.py:function")
+    add("--reward-weights", nargs="+", type=number(float, -math.inf, False), help="default: 1 each")
     add("--warm-start", type=many, default=0, metavar="N", help="supervised steps first, 0 = off")
     add("--warm-start-learning-rate", type=part, default=5e-4, help="falls linearly to zero")
     add("--seed", type=number(int, 0, below=2**32), default=0)  # numpy takes no more
@@ -197,28 +183,22 @@ def build_parser() -> OneLineParser:
     add = parser.add_argument_group("what to measure").add_argument
     add("--eval-questions", type=how_many, default=200, metavar="N|all", help="0 = none")
     add("--skip-evaluation", dest="eval_questions", action="store_const", const=0)
-    add("--eval-steps", type=many, metavar="N", help="validate every N steps and keep the best "
-        "adapter, 0 = keep the last; default: a quarter of the run where that is cheap")
+    add("--eval-steps", type=many, help="keep the best of every N, 0 = the last; default: if cheap")
     add = parser.add_argument_group("where it goes").add_argument
-    add("--output-dir", type=file_path, metavar="DIR",
-        help="default: outputs/RECIPE; a taken one gets a number")
+    add("--output-dir", type=file_path, help="default: outputs/RECIPE; a taken one gets a number")
     add("--save-steps", type=count, default=50, help="a checkpoint every N steps")
     add("--resume", action=flag, default=False, help="go on with the newest run or --output-dir's")
     add("--report-to", choices=("none", "trackio", "wandb", "tensorboard"), default="none")
     add("--no-trackio", dest="report_to", action="store_const", const="none")
     add("--project-name", default="reasoning-grpo", help="the tracker's project")
     add("--dry-run", action=flag, default=False, help="print the plan, stop before loading weights")
-    add("--export", nargs="+", choices=("merged", "gguf"), default=[],
-        help="after training, or of --adapter: 16-bit weights, a GGUF file (Unsloth)")
+    add("--export", nargs="+", choices=("merged", "gguf"), default=[], help="or only of --adapter")
     return parser
 
 
 def parse_options(argv: list[str] | None, rewards: list[str] | None = None) -> argparse.Namespace:
-    """The options, each with its value, and three more: `typed`, the names of those the user gave,
-    `asked`, what args.json keeps, from before the machine had its say, and `why`, the backend's.
-
-    `rewards`: the labels of functions given from Python, instead of --reward-funcs.
-    """
+    """The options, and three more: `typed`, the names of those the user gave, `asked`, what
+    args.json keeps, and `why`, the backend's. `rewards`: labels of functions given from Python."""
     if argv is None:
         argv = [] if in_a_cell(globals().get("__file__")) else sys.argv[1:]
     parser = build_parser()
@@ -231,28 +211,24 @@ def parse_options(argv: list[str] | None, rewards: list[str] | None = None) -> a
     run_dir = find_run(given.output_dir) if given.resume else None
     record = read_record(run_dir / "args.json") if run_dir else {}
     recipe = record.get("recipe") or given.recipe
-    if problem := unusable_gpu():
-        if recipe not in (None, "smollm2-135m") or given.backend == "unsloth":
-            stop(problem)
-        print(f"watch: {problem}")
+    warn_of_gpu(needed=given.backend == "unsloth" or recipe not in (None, "smollm2-135m"))
     recipe = recipe or ("qwen-3b" if gpu() else "smollm2-135m")
-    parser.set_defaults(**RECIPES[recipe] | {"recipe": recipe})
-    recorded = recorded_by_adapter(given) if given.adapter or given.model else {}
+    defaults = RECIPES[recipe] | {"recipe": recipe}
+    if rewards or "reward_funcs" in typed:
+        defaults.pop("reward_weights", None)  # they are those of the recipe's functions
     if run_dir:
-        recorded = record["options"] | {"output_dir": str(run_dir)}
-    parser.set_defaults(**{name: recorded[name] for name in recorded if hasattr(given, name)})
+        defaults |= record["options"] | {"output_dir": str(run_dir)}
+    elif given.adapter or given.model:
+        defaults |= recorded_by_adapter(given)
+    parser.set_defaults(**{name: defaults[name] for name in defaults if hasattr(given, name)})
     args = parser.parse_args(argv)
     if run_dir:
-        refuse_changes(args, typed, recorded)
+        refuse_changes(args, typed, record["options"])
         typed |= {"model"}  # the base it began with is no default that another may stand in for
     if rewards:
         args.reward_funcs, typed = rewards, typed | {"reward_funcs"}
     args.typed = typed
-    args.set = list(dict.fromkeys(args.set))  # typed again beside --resume
-    names = [name for word in args.lora_targets for name in word.split(",") if name]
-    args.lora_targets = names or stop("--lora-targets names no module")
-    if "reward_funcs" in typed and "reward_weights" not in typed and not run_dir:
-        args.reward_weights = None
+    args.lora_targets = " ".join(args.lora_targets).replace(",", " ").split()
     args.reward_weights = args.reward_weights or [1.0] * len(args.reward_funcs)
     args.asked = {name: getattr(args, name) for name in vars(given)}
     ask_the_machine(args)
@@ -260,14 +236,28 @@ def parse_options(argv: list[str] | None, rewards: list[str] | None = None) -> a
     return args
 
 
+def config_words(path: str, parser) -> list[str]:
+    """A YAML file of options as a command line, so that both are checked alike."""
+    words, known = [], parser._option_string_actions
+    with one_line(f"--config {path} is no table of `option: value` lines"):
+        options = yaml.safe_load(Path(path).read_text("utf-8-sig")) or {}
+        for name, value in options.items():
+            flag, off = (f"--{no}{name}".replace("_", "-") for no in ("", "no-"))
+            if isinstance(value, bool) and flag in known and known[flag].nargs == 0:  # a switch
+                words += [word for word in [flag if value else off] if word in known]
+            elif value not in (None, []):  # those are left to their default
+                values = value if isinstance(value, list) else [value]
+                values = ["off" if one is False else one for one in values]  # as YAML reads off
+                words += [flag, *(json.dumps(one) if isinstance(one, dict) else str(one)
+                                  for one in values)]
+    return words
+
+
 def recorded_by_adapter(given) -> dict:
     """How the run that made --adapter, or the fully trained --model, asked: it is prompted alike,
-    and not shown again what it knows. {} where nothing tells."""
-    if given.adapter:
-        place = find_adapter(given.adapter)
-        record = read_run(place, place.parent)
-    else:
-        record = read_run(Path(given.model))
+    and not shown again what it knows."""
+    place = find_adapter(given.adapter) if given.adapter else Path(given.model)
+    record = read_run(*[place, place.parent] if given.adapter else [place])
     made = record.get("options") or {}
     names = {"format", "chat_template", "chat_template_kwargs", "max_completion_length", "few_shot",
              "max_prompt_length", "load_in_4bit"}
@@ -284,8 +274,8 @@ def refuse_changes(args, typed: set[str], recorded: dict) -> None:
         was, now = recorded.get(name), getattr(args, name)
         moved = was and name in ("model", "dataset", "eval_dataset", "adapter")
         if name == "reward_funcs":  # functions of the same names
-            moved = [one.rpartition(":")[2] for one in was] == [
-                one.rpartition(":")[2] for one in now]
+            before, after = ([one.rpartition(":")[2] for one in funcs] for funcs in (was, now))
+            moved = before == after
         if was != now and moved:
             print(f"{name}: {now}, as typed; the run began with {was}")
         elif was != now:
@@ -302,25 +292,22 @@ def ask_the_machine(args) -> None:
     args.backend, args.vllm, args.why = choose_backend(
         args.backend, args.vllm, capable, packages, lora=not args.full_finetune,
         alone=processes() == 1)
-    if only_exports(args) and asked_vllm == "auto":
-        args.vllm = "off"  # exporting asks no engine
-    if args.backend == "transformers" and args.load_in_4bit and args.vllm != "off":
-        if asked_vllm != "auto":
-            stop(f"--vllm {args.vllm} can't follow packed 4-bit weights that TRL sends: take "
-                 "--no-load-in-4bit, --vllm off, or one process with --backend unsloth")
+    packed = args.load_in_4bit and args.backend == "transformers" and args.vllm != "off"
+    if asked_vllm == "auto" and (packed or only_exports(args)):
         args.vllm = "off"
         args.why += ", but off for 4-bit weights, which TRL can't send it"
+    elif packed:
+        stop(f"--vllm {args.vllm} can't follow packed 4-bit weights: --no-load-in-4bit, --vllm "
+             "off, or one process with --backend unsloth")
     args.dtype = choose_dtype(args.dtype, args.backend)
     if asked_dtype not in ("auto", args.dtype):
-        stop(f"--dtype {asked_dtype}: this GPU does not compute in it; leave it out for "
-             f"{args.dtype}")
+        stop(f"--dtype {asked_dtype}: no format of this GPU; leave it out for {args.dtype}")
     args.report_to = usable_tracker(args.report_to, "report_to" in args.typed)
     if args.gradient_checkpointing is None:  # a CPU has the memory and lacks the time
         args.gradient_checkpointing = bool(gpu())
     if "gradient_accumulation_steps" not in args.typed:  # the recipe's or more: whole groups
-        batch = args.batch_size * processes()
-        fewest = args.num_generations // math.gcd(args.num_generations, batch)
-        wanted = args.gradient_accumulation_steps or 1
+        together = math.gcd(args.num_generations, args.batch_size * processes())
+        fewest, wanted = args.num_generations // together, args.gradient_accumulation_steps or 1
         args.gradient_accumulation_steps = fewest * math.ceil(wanted / fewest)
     small_card = gpu() and gpu().total_memory < 17e9 and args.backend == "transformers"
     if small_card and args.batch_size % 4 == 0 and "batch_size" not in args.typed:
@@ -328,19 +315,19 @@ def ask_the_machine(args) -> None:
         args.gradient_accumulation_steps *= args.batch_size // 4
         args.batch_size = 4
     if args.eval_steps is None:  # five times 64 completions, against a tenth of those of training
-        cheap = (args.max_steps >= 20 and "save_steps" not in args.typed
-                 and args.max_steps * completions_a_step(args) >= 3200)
-        args.eval_steps = math.ceil(args.max_steps / 4) if cheap else 0
+        cheap = args.max_steps >= 20 and args.max_steps * completions_a_step(args) >= 3200
+        found = cheap and "save_steps" not in args.typed
+        args.eval_steps = math.ceil(args.max_steps / 4) if found else 0
 
 
 def check_options(args) -> None:
     """Stop at the first option that can't work with the others."""
     a_step, full = completions_a_step(args), args.full_finetune
+    if not args.lora_targets:
+        stop("--lora-targets names no module")
     if a_step % args.num_generations:
         stop(f"--num-generations {args.num_generations} does not divide the {a_step} completions "
-             f"of a step (--batch-size {args.batch_size} x --gradient-accumulation-steps "
-             f"{args.gradient_accumulation_steps} x {processes()} processes); leave "
-             "--gradient-accumulation-steps out to have it fit")
+             "of a step: leave --gradient-accumulation-steps out to have it fit")
     if len(args.reward_weights) != len(args.reward_funcs):
         stop(f"{len(args.reward_weights)} --reward-weights for {len(args.reward_funcs)} rewards")
     if not isinstance(args.chat_template_kwargs, dict):
@@ -349,43 +336,18 @@ def check_options(args) -> None:
         stop("--export gguf is Unsloth's; else --export merged, then llama.cpp's converter")
     if args.dry_run and only_exports(args):
         stop("--dry-run shows the plan of a training: leave it out, or --export")
-    if full and (args.adapter or args.export):
-        stop("--full-finetune has no adapter: leave out --adapter and --export")
+    if full and (args.adapter or args.export or args.load_in_4bit):
+        stop("--full-finetune goes without --adapter and --export, with --no-load-in-4bit")
     if args.eval_steps and "save_steps" in args.typed and args.save_steps != args.eval_steps:
-        stop(f"--eval-steps {args.eval_steps} saves as often, for the best adapter is a saved one: "
-             "leave out --save-steps")
-    launched = [os.environ.get(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED")]
-    if "true" in launched:
+        stop(f"--eval-steps {args.eval_steps} saves as often: leave out --save-steps")
+    if "true" in map(os.environ.get, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")):
         stop("FSDP and DeepSpeed shard weights, which saving doesn't gather: launch --multi_gpu")
     if args.dtype == "float16" and (full or not gpu()):
         stop("training in float16 needs a GPU and LoRA: take --dtype float32 or bfloat16")
     if args.dtype == "float32" and args.backend == "unsloth" and args.vllm == "colocate":
         stop("Unsloth's vLLM takes no float32: --dtype float16, or --vllm off")
-    if args.load_in_4bit and full:
-        stop("4-bit weights can't be trained in full: --no-load-in-4bit")
     if args.load_in_4bit and not importlib.util.find_spec("bitsandbytes"):
         stop("bitsandbytes is missing: pip install bitsandbytes, or --no-load-in-4bit")
-
-
-def config_words(path: str, parser) -> list[str]:
-    """A YAML file of options as a command line, so that both are checked alike."""
-    with one_line(f"--config {path} is no table of `option: value` lines"):
-        options = yaml.safe_load(Path(path).read_text("utf-8-sig")) or {}
-        return [word for name, value in options.items()
-                for word in option_words(str(name).replace("_", "-"), value, parser)]
-
-
-def option_words(name: str, value, parser) -> list[str]:
-    flag, off = f"--{name}", f"--no-{name}"
-    known = parser._option_string_actions
-    if value is None or value == []:
-        return []  # left to its default
-    if isinstance(value, bool) and flag in known and known[flag].nargs == 0:  # a switch
-        return [word for word in [flag if value else off] if word in known]
-    if value is False:
-        value = "off"  # which YAML reads as false
-    values = value if isinstance(value, list) else [value]
-    return [flag, *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
 
 
 def usable_tracker(wanted: str, typed: bool) -> str:
@@ -393,16 +355,16 @@ def usable_tracker(wanted: str, typed: bool) -> str:
     netrc = Path(os.path.expanduser("~/.netrc"))
     account = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or (
         netrc.is_file() and "wandb" in netrc.read_text())
-    why = ""
-    if wanted != "none" and importlib.util.find_spec(wanted) is None:
+    if wanted != "none" and not importlib.util.find_spec(wanted):
         why = f"{wanted} is missing: pip install {wanted}"
     elif wanted == "wandb" and not account:
         why = "wandb finds no account: `wandb login`, or WANDB_MODE=offline"
-    if why and typed:
+    else:
+        return wanted
+    if typed:
         stop(f"--report-to: {why}")
-    if why:
-        print(f"no tracker: {why}")
-    return "none" if why else wanted
+    print(f"no tracker: {why}")
+    return "none"
 
 
 @contextmanager
@@ -420,8 +382,7 @@ def one_line(what: str | None, memory: str = ""):
 
 
 def only_exports(args) -> bool:
-    """Whether an adapter is handed on as it is, and not trained."""
-    return bool(args.adapter and args.export)
+    return bool(args.adapter and args.export)  # handed on as it is, not trained
 
 
 def completions_a_step(args) -> int:
@@ -447,13 +408,13 @@ def installed(package: str) -> str | None:
         return importlib.metadata.version(package)
 
 
-def unusable_gpu() -> str | None:
-    """Why torch can't use the GPU that is here, with the remedy; None where it can."""
+def warn_of_gpu(needed: bool) -> None:
+    """Say it where torch can't use the GPU that is here, and stop where one is `needed`."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # by the user, on purpose
-    if gpu() or hidden or not shutil.which("nvidia-smi"):
-        return None
-    return (f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, can't use the GPU "
-            "here: pip install -r requirements.txt, whose CUDA 12 build takes drivers from 525 on")
+    if not gpu() and not hidden and shutil.which("nvidia-smi"):
+        (stop if needed else print)(
+            f"watch: torch {torch.__version__}, built for CUDA {torch.version.cuda}, can't use the "
+            "GPU here: pip install -r requirements.txt, whose CUDA 12 build takes drivers from 525")
 
 
 def choose_dtype(wanted: str, backend: str = "transformers") -> str:
@@ -489,15 +450,16 @@ def laptop(what: str = ""):
 
 def start_backend(args) -> None:
     """Import Unsloth before trl, peft and transformers, which it patches; then quiet them all."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    env = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
     if args.backend == "unsloth":
         # FlashInfer: minutes of nvcc for what nothing here uses; on a T4 then a crash.
-        os.environ.setdefault("UNSLOTH_VLLM_NO_FLASHINFER", "1")
+        env["UNSLOTH_VLLM_NO_FLASHINFER"] = "1"
         if args.vllm == "colocate":
-            os.environ.setdefault("UNSLOTH_VLLM_STANDBY", "1")  # engine and training share memory
-            if args.gpu_memory_utilization:
-                os.environ["UNSLOTH_VLLM_STANDBY_UTIL_OVERRIDE"] = "1"
+            env["UNSLOTH_VLLM_STANDBY"] = "1"  # engine and training share memory
+        if args.gpu_memory_utilization:
+            env["UNSLOTH_VLLM_STANDBY_UTIL_OVERRIDE"] = "1"
+    os.environ |= env | dict(os.environ)  # what the user has set stays
+    if args.backend == "unsloth":
         with quiet():
             import unsloth  # noqa: F401
         datasets.disable_progress_bars()  # imported by now, so it has read its variable
@@ -531,40 +493,39 @@ def quiet_libraries() -> None:
 @cache
 def hub_reachable() -> bool:
     """Ask the Hub once, briefly; where it does not answer, its libraries stay with their cache."""
-    constants = importlib.import_module("huggingface_hub.constants")
+    constants = huggingface_hub.constants
     if not constants.HF_HUB_OFFLINE:
-        with suppress(OSError):  # without this every later call would retry for 23 seconds
-            request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-            urllib.request.urlopen(request, timeout=5).close()
+        with suppress(Exception):  # without this every later call would retry for 23 seconds
+            huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5)
             return True
     constants.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = True, "1"
     return False
 
 
 def peak_memory_gb() -> float:
-    if gpu() or sys.platform == "win32":
-        return torch.cuda.max_memory_allocated() / 1e9 if gpu() else math.nan
+    if gpu():
+        return torch.cuda.max_memory_allocated() / 1e9
+    if sys.platform == "win32":
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, else KiB
     return peak / (1e9 if sys.platform == "darwin" else 1e6)
 
 
-# ---- Data: rows with "question", "answer" (the gold number), "solution" (worked, or None) and
-# ---- "columns", what else stood beside them ------------------------------------------------------
+# ---- Data: rows of question, answer (the gold number), solution (worked, or None) and columns ----
 def load_questions(args, train=None, test=None) -> tuple[str, list[dict], list[dict]]:
     """Where they are from, the training questions, and the held-out ones, which share none."""
-    source, train, held_out = find_rows(args) if train is None else (GIVEN, *parts_of(train))
+    source, train, rest = find_rows(args) if train is None else (GIVEN, *parts_of(train))
     if not train:
         stop(f"{source} holds no rows: give one object a question")
     columns = args.question_column, args.answer_column
     train = to_questions(train, *columns, source, args.skip_bad)
+    held_out, name = ([], rest), source
     if args.eval_dataset:
-        rows, part = read_data(Path(args.eval_dataset))
-        held_out = part or rows
+        held_out, name = read_data(Path(args.eval_dataset)), args.eval_dataset
         columns = args.eval_question_column or columns[0], args.eval_answer_column or columns[1]
     if test is not None:
-        rows, part = parts_of(test)
-        held_out = part or rows
-    test = to_questions(held_out, *columns, args.eval_dataset or source, args.skip_bad)
+        held_out = parts_of(test)
+    test = to_questions(held_out[1] or held_out[0], *columns, name, args.skip_bad)
     if not test:
         random.Random(0).shuffle(train)  # not by --seed: training with another one saw them
         cut = max(1, len(train) // 10)
@@ -580,8 +541,7 @@ def load_questions(args, train=None, test=None) -> tuple[str, list[dict], list[d
 
 
 def alike(row: dict) -> str:
-    """A question as it is compared: in lower case, with one blank between words."""
-    return " ".join(row["question"].split()).casefold()
+    return " ".join(row["question"].split()).casefold()  # repeats differ in blanks and case
 
 
 def find_rows(args) -> tuple[str, list[dict], list[dict]]:
@@ -593,16 +553,16 @@ def find_rows(args) -> tuple[str, list[dict], list[dict]]:
         return name, *read_data(Path(name), args.dataset_config)
     if name != "generated":
         hub_reachable()  # decides whether its libraries try the network
-        may_swap = name == GSM8K and not args.resume and "dataset" not in args.typed
         config = args.dataset_config or ("main" if name == GSM8K else None)
         missing = (f"no data set {name} to be had: check the spelling, --dataset-config and "
                    "`hf auth login`, or give a file, or `generated`")
+        may_swap = name == GSM8K and not args.resume and "dataset" not in args.typed
         with suppress(Exception) if may_swap else one_line(missing):
             return name, *parts_of(datasets.load_dataset(name, config))
         print(f"questions: generated word problems, since the Hub can't be reached for {name}")
     generate = laptop("generating questions").generate_questions
-    return ("generated", generate(args.max_examples or 2000, args.seed),
-            generate(1000, args.seed, "test"))
+    train = generate(args.max_examples or 2000, args.seed)
+    return "generated", train, generate(1000, args.seed, "test")
 
 
 def read_data(path: Path, config: str | None = None) -> tuple[list[dict], list[dict]]:
@@ -624,8 +584,7 @@ def read_data(path: Path, config: str | None = None) -> tuple[list[dict], list[d
 
 
 def parts_of(data) -> tuple[list[dict], list[dict]]:
-    """(training rows, held-out rows or []) of what datasets, pandas or Python give: splits in a
-    DatasetDict or dict, a Dataset, a DataFrame, or any iterable of rows."""
+    """The same of what datasets, pandas or Python give: splits, a Dataset, a DataFrame, rows."""
     if isinstance(data, dict):
         first = data["train"] if "train" in data else next(iter(data.values()))
         rest = data["test"] if "train" in data and "test" in data else []
@@ -654,34 +613,23 @@ def read_file(path: Path) -> list[dict]:
     local = fsspec.filesystem("file")  # fsspec.open would take some names apart
     with local.open(str(path), "rt", encoding="utf-8-sig", compression="infer") as file:
         text = file.read()
+    lines = [line for line in text.split("\n") if line.strip()]  # splitlines(): at U+2028, too
     if kind == ".txt":
-        return [{"question": line.strip()} for line in text.split("\n") if line.strip()]
-    rows = read_json(text, one_a_line=kind == ".jsonl")
-    for i, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise ValueError(f"row {i} is malformed: {str(row)[:80]}")
-    return rows
-
-
-def read_json(text: str, one_a_line: bool) -> list:
-    """An array, the one array of an object ({"data": [...]}), or a value a line.
-
-    By json: pandas would round whole numbers, turn texts into dates, and name no row.
-    """
-    if not one_a_line:
-        with suppress(ValueError):
+        return [{"question": line.strip()} for line in lines]
+    # By json: pandas would round whole numbers, turn texts into dates, and name no row.
+    values, rows = map(json.loads, lines), []
+    if kind == ".json":
+        with suppress(ValueError):  # else an object a line
             whole = json.loads(text)
-            if isinstance(whole, dict) and "question" not in whole:
+            if isinstance(whole, dict) and "question" not in whole:  # {"data": [...]}
                 arrays = [value for value in whole.values() if isinstance(value, list)]
                 whole = arrays[0] if len(arrays) == 1 else whole
-            return whole if isinstance(whole, list) else [whole]
-    rows = []
-    for i, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as problem:
-                raise ValueError(f"row {i} is malformed: {problem}") from None
+            values = whole if isinstance(whole, list) else [whole]
+    try:
+        for value in values:
+            rows.append({**value})
+    except (TypeError, ValueError) as problem:
+        raise ValueError(f"row {len(rows) + 1} is malformed: {problem}") from None
     return rows
 
 
@@ -705,12 +653,11 @@ def to_questions(rows, question_columns, answer_column, name: str, skip_bad=Fals
             solution = re.sub(r"<<[^<>]*>>", "", solution).strip()  # GSM8K's calculator marks
             questions.append({"question": question, "answer": gold, "solution": solution or None,
                               "columns": row})
+    count = f"{len(bad)} of {len(rows)} rows of {name}"
+    if bad and not (skip_bad and questions):
+        stop(f"{count} can't be used, the first is {bad[0]}; a question is a text, or a list of "
+             '{"role", "content"} or {"from", "value"}; --skip-bad leaves such rows out')
     if bad:
-        count = f"{len(bad)} of {len(rows)} rows of {name}"
-        if not skip_bad or not questions:
-            stop(f"{count} can't be used, the first is {bad[0]}; a question is a text, or a "
-                 "conversation of {\"role\", \"content\"} (content a text or its parts) or of "
-                 "{\"from\", \"value\"}; --skip-bad leaves them out")
         print(f"{count} left out, the first is {bad[0]}")
     return questions
 
@@ -732,7 +679,12 @@ def text_of(value) -> str:
 
 def prepare_rows(args, tokenizer, base, train: list[dict], test: list[dict]):
     """(worked examples, training, validation, held-out): rows with their prompts."""
-    shots = examples(args, base, train)
+    shots = base.run.get("shots", [])  # those that the adapter was trained with, or new ones
+    if (base.run.get("format"), len(shots)) != (args.format, args.few_shot):
+        solved = [question for question in train if question["solution"]][: args.few_shot]
+        shots = [(one["question"], worked(one, args.format)) for one in solved]
+    if len(shots) < args.few_shot:
+        stop(f"--few-shot {args.few_shot}, but {len(shots)} questions have a worked solution")
     shown = {question for question, _ in shots}
     train = [question for question in train if question["question"] not in shown]
     test = test if args.eval_questions == "all" else test[: args.eval_questions]
@@ -747,18 +699,6 @@ def prepare_rows(args, tokenizer, base, train: list[dict], test: list[dict]):
              "--batch-size or --gradient-accumulation-steps")
     train = [question | {"row": i} for i, question in enumerate(train)]
     return shots, train[:cut], train[cut:], test
-
-
-def examples(args, base, train: list[dict]) -> list[tuple[str, str]]:
-    """The worked examples of every prompt: those that the adapter was trained with, or new ones."""
-    made = base.run.get("options") or {}
-    if base.run.get("shots") and (made.get("format"), made.get("few_shot")) == (
-            args.format, args.few_shot):
-        return base.run["shots"]
-    shown = [question for question in train if question["solution"]][: args.few_shot]
-    if len(shown) < args.few_shot:
-        stop(f"--few-shot {args.few_shot}, but {len(shown)} questions have a worked solution")
-    return [(one["question"], worked(one, args.format)) for one in shown]
 
 
 def generations_to_validate(args) -> int:
