@@ -49,9 +49,7 @@ from rewards import (
 )
 
 
-class Lazy(ModuleType):
-    """A library, imported at its first use: --help comes at once, and Unsloth before trl."""
-
+class Lazy(ModuleType):  # imported at its first use: --help comes at once, and Unsloth before trl
     def __getattr__(self, name: str):
         return getattr(importlib.import_module(self.__name__), name)
 
@@ -97,9 +95,8 @@ RECIPES = {
     "smollm2-135m": {  # the default without a GPU, so without an account; else --report-to wandb
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "lora_rank": 16, "lora_alpha": 32,
         # Untrained it writes no tag, and every reward is 0. After fewer supervised steps it pays to
-        # stop after one calculation, after more GRPO has little to add. Scaled to their spread,
-        # groups that differ in format only would count as much as those that differ in the answer.
-        # A rate of 5e-4 taught it to answer without reasoning, 2e-4 made some seeds worse.
+        # stop after one calculation, after more GRPO has little to add. Scaled, groups that differ
+        # in format alone would count as much. At 5e-4 it learnt to answer without reasoning.
         "warm_start": 14, "learning_rate": 1e-4, "scale_rewards": "none", "batch_size": 16,
         "gradient_accumulation_steps": 2, "num_generations": 8, "max_steps": 40,
         "max_prompt_length": 300, "eval_questions": 384,
@@ -123,8 +120,11 @@ RECIPES = {
 
 # ---- Options: defaults < recipe < an adapter's or a run's record < --config < command line -------
 def build_parser() -> OneLineParser:
-    def how_many(text: str):
+    def number_or_all(text: str):
         return text if text == "all" else many(text)
+
+    def json_object(text: str) -> dict:
+        return {**json.loads(text)}
 
     count, many, flag = number(int, 1), number(int, 0), argparse.BooleanOptionalAction
     part = number(float, 0, inclusive=False, below=1)
@@ -136,7 +136,7 @@ def build_parser() -> OneLineParser:
     add("--model", "--model-name", type=existing_path, help="Hub id, local directory or .gguf file")
     add("--adapter", type=existing_path, help="directory or Hub id: go on with it, or --export it")
     add("--chat-template", choices=("own", "plain"), default="own", help="plain: has none itself")
-    add("--chat-template-kwargs", type=json.loads, default={}, metavar="JSON")
+    add("--chat-template-kwargs", type=json_object, default={}, metavar="JSON")
     add("--backend", choices=("auto", "transformers", "unsloth"), default="auto")
     add("--vllm", choices=("auto", "off", "colocate", "server"), default="auto")
     add("--gpu-memory-utilization", type=part, help="of vLLM; default: Unsloth finds it, else 0.5")
@@ -173,7 +173,7 @@ def build_parser() -> OneLineParser:
     add("--beta", type=number(float, 0), default=0.0, help="KL weight, 0 = no reference model")
     add("--loss-type", default="dapo",
         choices=("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"))
-    add("--scale-rewards", choices=("group", "batch", "none"), default="group", help="units")
+    add("--scale-rewards", choices=("group", "batch", "none"), default="group")
     add("--reward-funcs", nargs="+", type=existing_path, metavar="NAME", help="or FILE.py:function")
     add("--reward-weights", nargs="+", type=number(float, -math.inf, False), help="default: 1 each")
     add("--warm-start", type=many, default=0, metavar="N", help="supervised steps first, 0 = off")
@@ -181,7 +181,7 @@ def build_parser() -> OneLineParser:
     add("--seed", type=number(int, 0, below=2**32), default=0)  # numpy takes no more
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="of GRPOConfig")
     add = parser.add_argument_group("what to measure").add_argument
-    add("--eval-questions", type=how_many, default=200, metavar="N|all", help="0 = none")
+    add("--eval-questions", type=number_or_all, default=200, metavar="N|all", help="0 = none")
     add("--skip-evaluation", dest="eval_questions", action="store_const", const=0)
     add("--eval-steps", type=many, help="keep the best of every N, 0 = the last; default: if cheap")
     add = parser.add_argument_group("where it goes").add_argument
@@ -196,39 +196,35 @@ def build_parser() -> OneLineParser:
     return parser
 
 
-def parse_options(argv: list[str] | None, rewards: list[str] | None = None) -> argparse.Namespace:
-    """The options, and three more: `typed`, the names of those the user gave, `asked`, what
-    args.json keeps, and `why`, the backend's. `rewards`: labels of functions given from Python."""
+def parse_options(argv: list[str] | None, rewards=()) -> argparse.Namespace:
+    """The options, `typed` (those the user named), `asked` (for args.json), `why` (the backend)."""
     if argv is None:
         argv = [] if in_a_cell(globals().get("__file__")) else sys.argv[1:]
     parser = build_parser()
-    given = parser.parse_args(argv)  # --help ends here, before torch is imported
-    if given.config:
-        argv = [*config_words(given.config, parser), *argv]
-        given = parser.parse_args(argv)
+    config = parser.parse_args(argv).config  # --help ends here, before torch is imported
+    argv = [*(config_words(config, parser) if config else []), *argv]
+    if rewards:  # labels of functions that were given from Python
+        argv += ["--reward-funcs", *rewards]
+    given = parser.parse_args(argv)
     flags = {word.partition("=")[0] for word in argv}
     typed = {action.dest for action in parser._actions if flags & set(action.option_strings)}
     run_dir = find_run(given.output_dir) if given.resume else None
     record = read_record(run_dir / "args.json") if run_dir else {}
-    recipe = record.get("recipe") or given.recipe
-    warn_of_gpu(needed=given.backend == "unsloth" or recipe not in (None, "smollm2-135m"))
-    recipe = recipe or ("qwen-3b" if gpu() else "smollm2-135m")
+    recipe = record.get("recipe") or given.recipe or ("qwen-3b" if gpu() else "smollm2-135m")
     defaults = RECIPES[recipe] | {"recipe": recipe}
-    if rewards or "reward_funcs" in typed:
-        defaults.pop("reward_weights", None)  # they are those of the recipe's functions
+    if "reward_funcs" in typed:
+        defaults["reward_weights"] = None  # the recipe's are those of its functions
     if run_dir:
         defaults |= record["options"] | {"output_dir": str(run_dir)}
     elif given.adapter or given.model:
         defaults |= recorded_by_adapter(given)
-    parser.set_defaults(**{name: defaults[name] for name in defaults if hasattr(given, name)})
+    parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if run_dir:
         refuse_changes(args, typed, record["options"])
         typed |= {"model"}  # the base it began with is no default that another may stand in for
-    if rewards:
-        args.reward_funcs, typed = rewards, typed | {"reward_funcs"}
     args.typed = typed
-    args.lora_targets = " ".join(args.lora_targets).replace(",", " ").split()
+    args.lora_targets = " ".join(args.lora_targets).replace(",", " ").split() or LINEAR
     args.reward_weights = args.reward_weights or [1.0] * len(args.reward_funcs)
     args.asked = {name: getattr(args, name) for name in vars(given)}
     ask_the_machine(args)
@@ -248,14 +244,13 @@ def config_words(path: str, parser) -> list[str]:
             elif value not in (None, []):  # those are left to their default
                 values = value if isinstance(value, list) else [value]
                 values = ["off" if one is False else one for one in values]  # as YAML reads off
-                words += [flag, *(json.dumps(one) if isinstance(one, dict) else str(one)
-                                  for one in values)]
+                values = [json.dumps(one) if isinstance(one, dict) else str(one) for one in values]
+                words += [flag, *values]
     return words
 
 
 def recorded_by_adapter(given) -> dict:
-    """How the run that made --adapter, or the fully trained --model, asked: it is prompted alike,
-    and not shown again what it knows."""
+    """What the run that made --adapter, or --model, was prompted with; it knows its warm start."""
     place = find_adapter(given.adapter) if given.adapter else Path(given.model)
     record = read_run(*[place, place.parent] if given.adapter else [place])
     made = record.get("options") or {}
@@ -273,9 +268,8 @@ def refuse_changes(args, typed: set[str], recorded: dict) -> None:
     for name in sorted(typed - free):
         was, now = recorded.get(name), getattr(args, name)
         moved = was and name in ("model", "dataset", "eval_dataset", "adapter")
-        if name == "reward_funcs":  # functions of the same names
-            before, after = ([one.rpartition(":")[2] for one in funcs] for funcs in (was, now))
-            moved = before == after
+        if name == "reward_funcs":  # FILE.py:function in another place
+            moved = [Path(one).name for one in was] == [Path(one).name for one in now]
         if was != now and moved:
             print(f"{name}: {now}, as typed; the run began with {was}")
         elif was != now:
@@ -286,29 +280,32 @@ def refuse_changes(args, typed: set[str], recorded: dict) -> None:
 
 def ask_the_machine(args) -> None:
     """The options whose value follows from the machine, or from the others."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # by the user, on purpose
+    if not gpu() and not hidden and shutil.which("nvidia-smi"):
+        say = stop if args.backend == "unsloth" or args.recipe != "smollm2-135m" else print
+        say(f"watch: torch {torch.__version__}, built for CUDA {torch.version.cuda}, can't use the "
+            "GPU here: pip install -r requirements.txt, whose CUDA 12 build takes drivers from 525")
     packages = {name for name in ("unsloth", "vllm") if installed(name)}
     capable = bool(gpu()) or os.environ.get("UNSLOTH_FORCE_CPU") == "1"  # Unsloth's own switch
-    asked_vllm, asked_dtype = args.vllm, args.dtype
+    vllm, dtype, lora, alone = args.vllm, args.dtype, not args.full_finetune, processes() == 1
     args.backend, args.vllm, args.why = choose_backend(
-        args.backend, args.vllm, capable, packages, lora=not args.full_finetune,
-        alone=processes() == 1)
+        args.backend, vllm, capable, packages, lora=lora, alone=alone)
     packed = args.load_in_4bit and args.backend == "transformers" and args.vllm != "off"
-    if asked_vllm == "auto" and (packed or only_exports(args)):
+    if vllm == "auto" and (packed or only_exports(args)):
         args.vllm = "off"
         args.why += ", but off for 4-bit weights, which TRL can't send it"
     elif packed:
-        stop(f"--vllm {args.vllm} can't follow packed 4-bit weights: --no-load-in-4bit, --vllm "
-             "off, or one process with --backend unsloth")
-    args.dtype = choose_dtype(args.dtype, args.backend)
-    if asked_dtype not in ("auto", args.dtype):
-        stop(f"--dtype {asked_dtype}: no format of this GPU; leave it out for {args.dtype}")
+        stop(f"--vllm {vllm} can't follow 4-bit weights: --no-load-in-4bit, or --vllm off")
+    args.dtype = choose_dtype(dtype, args.backend)
+    if dtype not in ("auto", args.dtype):
+        stop(f"--dtype {dtype}: this GPU does not compute in it; leave it out for {args.dtype}")
     args.report_to = usable_tracker(args.report_to, "report_to" in args.typed)
     if args.gradient_checkpointing is None:  # a CPU has the memory and lacks the time
         args.gradient_checkpointing = bool(gpu())
     if "gradient_accumulation_steps" not in args.typed:  # the recipe's or more: whole groups
-        together = math.gcd(args.num_generations, args.batch_size * processes())
-        fewest, wanted = args.num_generations // together, args.gradient_accumulation_steps or 1
-        args.gradient_accumulation_steps = fewest * math.ceil(wanted / fewest)
+        args.gradient_accumulation_steps = args.gradient_accumulation_steps or 1
+        while completions_a_step(args) % args.num_generations:
+            args.gradient_accumulation_steps += 1
     small_card = gpu() and gpu().total_memory < 17e9 and args.backend == "transformers"
     if small_card and args.batch_size % 4 == 0 and "batch_size" not in args.typed:
         # TRL keeps several copies of the logits: four at a time, as many completions a step.
@@ -316,38 +313,31 @@ def ask_the_machine(args) -> None:
         args.batch_size = 4
     if args.eval_steps is None:  # five times 64 completions, against a tenth of those of training
         cheap = args.max_steps >= 20 and args.max_steps * completions_a_step(args) >= 3200
-        found = cheap and "save_steps" not in args.typed
-        args.eval_steps = math.ceil(args.max_steps / 4) if found else 0
+        often = cheap and "save_steps" not in args.typed
+        args.eval_steps = math.ceil(args.max_steps / 4) if often else 0
 
 
 def check_options(args) -> None:
     """Stop at the first option that can't work with the others."""
-    a_step, full = completions_a_step(args), args.full_finetune
-    if not args.lora_targets:
-        stop("--lora-targets names no module")
-    if a_step % args.num_generations:
-        stop(f"--num-generations {args.num_generations} does not divide the {a_step} completions "
-             "of a step: leave --gradient-accumulation-steps out to have it fit")
+    if completions_a_step(args) % args.num_generations:
+        stop(f"a step's {completions_a_step(args)} completions are no whole groups of "
+             f"--num-generations {args.num_generations}: leave --gradient-accumulation-steps out")
     if len(args.reward_weights) != len(args.reward_funcs):
         stop(f"{len(args.reward_weights)} --reward-weights for {len(args.reward_funcs)} rewards")
-    if not isinstance(args.chat_template_kwargs, dict):
-        stop("--chat-template-kwargs: a JSON object")
     if "gguf" in args.export and args.backend != "unsloth":
         stop("--export gguf is Unsloth's; else --export merged, then llama.cpp's converter")
     if args.dry_run and only_exports(args):
         stop("--dry-run shows the plan of a training: leave it out, or --export")
-    if full and (args.adapter or args.export or args.load_in_4bit):
+    if args.full_finetune and (args.adapter or args.export or args.load_in_4bit):
         stop("--full-finetune goes without --adapter and --export, with --no-load-in-4bit")
     if args.eval_steps and "save_steps" in args.typed and args.save_steps != args.eval_steps:
         stop(f"--eval-steps {args.eval_steps} saves as often: leave out --save-steps")
     if "true" in map(os.environ.get, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")):
         stop("FSDP and DeepSpeed shard weights, which saving doesn't gather: launch --multi_gpu")
-    if args.dtype == "float16" and (full or not gpu()):
+    if args.dtype == "float16" and (args.full_finetune or not gpu()):
         stop("training in float16 needs a GPU and LoRA: take --dtype float32 or bfloat16")
     if args.dtype == "float32" and args.backend == "unsloth" and args.vllm == "colocate":
         stop("Unsloth's vLLM takes no float32: --dtype float16, or --vllm off")
-    if args.load_in_4bit and not importlib.util.find_spec("bitsandbytes"):
-        stop("bitsandbytes is missing: pip install bitsandbytes, or --no-load-in-4bit")
 
 
 def usable_tracker(wanted: str, typed: bool) -> str:
@@ -355,15 +345,12 @@ def usable_tracker(wanted: str, typed: bool) -> str:
     netrc = Path(os.path.expanduser("~/.netrc"))
     account = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or (
         netrc.is_file() and "wandb" in netrc.read_text())
-    if wanted != "none" and not importlib.util.find_spec(wanted):
-        why = f"{wanted} is missing: pip install {wanted}"
-    elif wanted == "wandb" and not account:
-        why = "wandb finds no account: `wandb login`, or WANDB_MODE=offline"
-    else:
+    if wanted == "none" or importlib.util.find_spec(wanted) and (account or wanted != "wandb"):
         return wanted
+    login = ", then `wandb login` or WANDB_MODE=offline" if wanted == "wandb" else ""
     if typed:
-        stop(f"--report-to: {why}")
-    print(f"no tracker: {why}")
+        stop(f"--report-to: {wanted} can't be used: pip install {wanted}{login}")
+    print(f"no tracker: {wanted} can't be used: pip install {wanted}{login}")
     return "none"
 
 
@@ -408,23 +395,12 @@ def installed(package: str) -> str | None:
         return importlib.metadata.version(package)
 
 
-def warn_of_gpu(needed: bool) -> None:
-    """Say it where torch can't use the GPU that is here, and stop where one is `needed`."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # by the user, on purpose
-    if not gpu() and not hidden and shutil.which("nvidia-smi"):
-        (stop if needed else print)(
-            f"watch: torch {torch.__version__}, built for CUDA {torch.version.cuda}, can't use the "
-            "GPU here: pip install -r requirements.txt, whose CUDA 12 build takes drivers from 525")
-
-
 def choose_dtype(wanted: str, backend: str = "transformers") -> str:
     """bfloat16 where the processor computes in it; else float32, under Unsloth float16."""
     if wanted in ("float16", "float32") or wanted == "bfloat16" and not gpu():
         return wanted
-    if gpu():
-        native = gpu().major >= 8  # T4 and V100 only emulate it
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    native = gpu().major >= 8 if gpu() else on_cpu  # T4 and V100 only emulate it
     if native:
         return "bfloat16"
     return "float16" if backend == "unsloth" and gpu() else "float32"
@@ -450,26 +426,23 @@ def laptop(what: str = ""):
 
 def start_backend(args) -> None:
     """Import Unsloth before trl, peft and transformers, which it patches; then quiet them all."""
-    env = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
-    if args.backend == "unsloth":
-        # FlashInfer: minutes of nvcc for what nothing here uses; on a T4 then a crash.
-        env["UNSLOTH_VLLM_NO_FLASHINFER"] = "1"
-        if args.vllm == "colocate":
-            env["UNSLOTH_VLLM_STANDBY"] = "1"  # engine and training share memory
-        if args.gpu_memory_utilization:
-            env["UNSLOTH_VLLM_STANDBY_UTIL_OVERRIDE"] = "1"
-    os.environ |= env | dict(os.environ)  # what the user has set stays
-    if args.backend == "unsloth":
-        with quiet():
-            import unsloth  # noqa: F401
-        datasets.disable_progress_bars()  # imported by now, so it has read its variable
-    elif args.vllm == "colocate" and gpu().major < 8:  # TRL passes no attention backend on
-        import trl.generation.vllm_generation as rollouts
-
-        rollouts.LLM = partial(rollouts.LLM, attention_backend="TRITON_ATTN")
+    # FlashInfer: minutes of nvcc for what nothing here uses; on a T4 then a crash.
+    env = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+           "UNSLOTH_VLLM_NO_FLASHINFER": "1"}
     if args.vllm == "colocate":
-        with quiet():
+        env["UNSLOTH_VLLM_STANDBY"] = "1"  # engine and training share memory
+    if args.gpu_memory_utilization:
+        env["UNSLOTH_VLLM_STANDBY_UTIL_OVERRIDE"] = "1"
+    os.environ |= env | dict(os.environ)  # what the user has set stays
+    with quiet():
+        if args.backend == "unsloth":
+            import unsloth  # noqa: F401
+            datasets.disable_progress_bars()  # imported by now, so it has read its variable
+        if args.vllm == "colocate":
             hide_loading_bars()
+    if args.vllm == "colocate" and args.backend != "unsloth" and gpu().major < 8:
+        import trl.generation.vllm_generation as rollouts  # which passes no attention backend on
+        rollouts.LLM = partial(rollouts.LLM, attention_backend="TRITON_ATTN")
     quiet_libraries()
     other = [f"{name} {have}, not {tested}" for name, tested in TESTED.items()
              if (have := installed(name)) and have.partition("+")[0] != tested]
@@ -494,19 +467,16 @@ def quiet_libraries() -> None:
 def hub_reachable() -> bool:
     """Ask the Hub once, briefly; where it does not answer, its libraries stay with their cache."""
     constants = huggingface_hub.constants
-    if not constants.HF_HUB_OFFLINE:
-        with suppress(Exception):  # without this every later call would retry for 23 seconds
-            huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5)
-            return True
+    with suppress(Exception):  # without this every later call would retry for 23 seconds
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5)
+        return True
     constants.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = True, "1"
     return False
 
 
 def peak_memory_gb() -> float:
-    if gpu():
-        return torch.cuda.max_memory_allocated() / 1e9
-    if sys.platform == "win32":
-        return math.nan
+    if gpu() or sys.platform == "win32":
+        return torch.cuda.max_memory_allocated() / 1e9 if gpu() else math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, else KiB
     return peak / (1e9 if sys.platform == "darwin" else 1e6)
 
@@ -530,18 +500,15 @@ def load_questions(args, train=None, test=None) -> tuple[str, list[dict], list[d
         random.Random(0).shuffle(train)  # not by --seed: training with another one saw them
         cut = max(1, len(train) // 10)
         train, test = train[cut:], train[:cut]
-    same = {alike(row) for row in test}
-    kept = [row for row in train if alike(row) not in same]
+    plain = [" ".join(row["question"].split()).casefold() for row in train + test]
+    same = set(plain[len(train) :])
+    kept = [row for row, text in zip(train, plain) if text not in same]
     if len(kept) < len(train):
         print(f"{len(train) - len(kept)} training questions left out: they are held out, too")
     kept = kept[: args.max_examples]
     if source != "generated":  # files are sorted, and the warm start and validation take a part
         random.Random(args.seed).shuffle(kept)
     return source, kept, test
-
-
-def alike(row: dict) -> str:
-    return " ".join(row["question"].split()).casefold()  # repeats differ in blanks and case
 
 
 def find_rows(args) -> tuple[str, list[dict], list[dict]]:
@@ -554,8 +521,7 @@ def find_rows(args) -> tuple[str, list[dict], list[dict]]:
     if name != "generated":
         hub_reachable()  # decides whether its libraries try the network
         config = args.dataset_config or ("main" if name == GSM8K else None)
-        missing = (f"no data set {name} to be had: check the spelling, --dataset-config and "
-                   "`hf auth login`, or give a file, or `generated`")
+        missing = f"no data set {name} to be had: check its name, --dataset-config, `hf auth login`"
         may_swap = name == GSM8K and not args.resume and "dataset" not in args.typed
         with suppress(Exception) if may_swap else one_line(missing):
             return name, *parts_of(datasets.load_dataset(name, config))
@@ -596,40 +562,35 @@ def parts_of(data) -> tuple[list[dict], list[dict]]:
 
 
 def read_file(path: Path) -> list[dict]:
-    """The rows of one file, compressed or not; ValueError names the row that is malformed."""
-    packed = (".gz", ".bz2", ".xz", ".zst", ".zip")
-    kinds = [kind for kind in map(str.lower, path.suffixes) if kind not in packed]
-    kind = kinds[-1] if kinds else ""
+    """The rows of one file, compressed or not; stops at one that is malformed."""
+    kind = Path(re.sub(r"\.(gz|bz2|xz|zst|zip)$", "", path.name.lower())).suffix
     if kind == ".parquet":  # lists stay lists, as TRL would give them
         return parquet.read_table(path).to_pylist()
     if kind in (".csv", ".tsv"):
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # cells beyond the last column, which would be lost
-            table = pandas.read_csv(path, sep="," if kind == ".csv" else "\t", dtype=str,
-                                    encoding="utf-8-sig", keep_default_na=False, index_col=False)
-        return table.to_dict("records")
+            return pandas.read_csv(
+                path, sep="," if kind == ".csv" else "\t", dtype=str, encoding="utf-8-sig",
+                keep_default_na=False, index_col=False).to_dict("records")
     if kind not in (".json", ".jsonl", ".txt"):
-        raise ValueError(f".jsonl .json .csv .tsv .parquet .txt are read, also {' '.join(packed)}")
+        raise ValueError(".jsonl .json .csv .tsv .parquet .txt are read, also .gz .bz2 .xz .zip")
     local = fsspec.filesystem("file")  # fsspec.open would take some names apart
-    with local.open(str(path), "rt", encoding="utf-8-sig", compression="infer") as file:
-        text = file.read()
+    text = local.read_text(str(path), encoding="utf-8-sig", compression="infer")
     lines = [line for line in text.split("\n") if line.strip()]  # splitlines(): at U+2028, too
     if kind == ".txt":
         return [{"question": line.strip()} for line in lines]
     # By json: pandas would round whole numbers, turn texts into dates, and name no row.
-    values, rows = map(json.loads, lines), []
+    rows, parse = [], json.loads
     if kind == ".json":
         with suppress(ValueError):  # else an object a line
             whole = json.loads(text)
             if isinstance(whole, dict) and "question" not in whole:  # {"data": [...]}
                 arrays = [value for value in whole.values() if isinstance(value, list)]
                 whole = arrays[0] if len(arrays) == 1 else whole
-            values = whole if isinstance(whole, list) else [whole]
-    try:
-        for value in values:
-            rows.append({**value})
-    except (TypeError, ValueError) as problem:
-        raise ValueError(f"row {len(rows) + 1} is malformed: {problem}") from None
+            lines, parse = whole if isinstance(whole, list) else [whole], dict
+    for i, line in enumerate(lines, 1):
+        with one_line(f"{path}, row {i} is malformed"):
+            rows.append({**parse(line)})
     return rows
 
 
@@ -695,8 +656,7 @@ def prepare_rows(args, tokenizer, base, train: list[dict], test: list[dict]):
     cut = len(train) - (max(1, validation) if args.eval_steps else 0)
     needed = completions_a_step(args) // args.num_generations
     if cut < needed:
-        stop(f"a step takes {needed} questions, there are {cut}: give more, or lower "
-             "--batch-size or --gradient-accumulation-steps")
+        stop(f"a step takes {needed} questions, there are {cut}: give more, or lower --batch-size")
     train = [question | {"row": i} for i, question in enumerate(train)]
     return shots, train[:cut], train[cut:], test
 
