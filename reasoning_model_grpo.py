@@ -250,7 +250,7 @@ def config_words(path: str, parser) -> list[str]:
 
 
 def recorded_by_adapter(given) -> dict:
-    """What the run that made --adapter, or --model, was prompted with; it knows its warm start."""
+    """How the run that made --adapter or --model prompts; what it knows is not shown again."""
     place = find_adapter(given.adapter) if given.adapter else Path(given.model)
     record = read_run(*[place, place.parent] if given.adapter else [place])
     made = record.get("options") or {}
@@ -282,9 +282,11 @@ def ask_the_machine(args) -> None:
     """The options whose value follows from the machine, or from the others."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # by the user, on purpose
     if not gpu() and not hidden and shutil.which("nvidia-smi"):
-        say = stop if args.backend == "unsloth" or args.recipe != "smollm2-135m" else print
-        say(f"watch: torch {torch.__version__}, built for CUDA {torch.version.cuda}, can't use the "
-            "GPU here: pip install -r requirements.txt, whose CUDA 12 build takes drivers from 525")
+        why = (f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, can't use the GPU "
+               "here: pip install -r requirements.txt, whose CUDA 12 build takes drivers from 525")
+        if args.backend == "unsloth" or args.recipe != "smollm2-135m":
+            stop(why)
+        print(f"watch: {why}")
     packages = {name for name in ("unsloth", "vllm") if installed(name)}
     capable = bool(gpu()) or os.environ.get("UNSLOTH_FORCE_CPU") == "1"  # Unsloth's own switch
     vllm, dtype, lora, alone = args.vllm, args.dtype, not args.full_finetune, processes() == 1
@@ -466,9 +468,9 @@ def quiet_libraries() -> None:
 @cache
 def hub_reachable() -> bool:
     """Ask the Hub once, briefly; where it does not answer, its libraries stay with their cache."""
-    constants = huggingface_hub.constants
+    constants = importlib.import_module("huggingface_hub.constants")
     with suppress(Exception):  # without this every later call would retry for 23 seconds
-        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5)
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5).raise_for_status()
         return True
     constants.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = True, "1"
     return False
@@ -606,14 +608,13 @@ def to_questions(rows, question_columns, answer_column, name: str, skip_bad=Fals
         question, answer = " ".join(filter(None, texts)), text_of(row.get(answer_column))
         gold, solution = extract_hash_answer(answer), answer.rpartition("####")[0]
         gold = answer if gold is None else gold
-        if not question:
-            bad.append(f"row {i}: it has no question")
-        elif parse_gold(gold) is None:
-            bad.append(f"row {i}: its answer {gold[:40]!r} is no number")
-        else:
-            solution = re.sub(r"<<[^<>]*>>", "", solution).strip()  # GSM8K's calculator marks
+        solution = re.sub(r"<<[^<>]*>>", "", solution).strip()  # GSM8K's calculator marks
+        if question and parse_gold(gold) is not None:
             questions.append({"question": question, "answer": gold, "solution": solution or None,
                               "columns": row})
+        else:
+            fault = f"its answer {gold[:40]!r} is no number" if question else "it has no question"
+            bad.append(f"row {i}: {fault}")
     count = f"{len(bad)} of {len(rows)} rows of {name}"
     if bad and not (skip_bad and questions):
         stop(f"{count} can't be used, the first is {bad[0]}; a question is a text, or a list of "
