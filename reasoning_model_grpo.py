@@ -523,7 +523,7 @@ def find_rows(args) -> tuple[str, list[dict], list[dict]]:
     if name != "generated":
         hub_reachable()  # decides whether its libraries try the network
         config = args.dataset_config or ("main" if name == GSM8K else None)
-        missing = f"no data set {name} to be had: check its name, --dataset-config, `hf auth login`"
+        missing = f"no data set {name} to be had: `hf auth login`, or --dataset FILE or generated"
         may_swap = name == GSM8K and not args.resume and "dataset" not in args.typed
         with suppress(Exception) if may_swap else one_line(missing):
             return name, *parts_of(datasets.load_dataset(name, config))
