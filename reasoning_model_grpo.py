@@ -743,14 +743,14 @@ def find_base(model: str | None, adapter: str | None, named: bool) -> Base:
     if adapter is None:
         return Base(*find_model(model, named), None, read_run(Path(model)))
     place = find_adapter(adapter)
-    run = read_run(place, place.parent)
-    recorded = run.get("base_model") or read_record(place / "adapter_config.json").get(
-        "base_model_name_or_path")
-    if not (named or isinstance(recorded, str) and recorded):
-        stop(f"{adapter} does not say what it was trained on; name its base with --model")
-    if named and recorded not in ("", None, model, str(Path(model).resolve())):
+    run, config = read_run(place, place.parent), read_record(place / "adapter_config.json")
+    recorded = run.get("base_model") or config.get("base_model_name_or_path")
+    if not named:
+        model = recorded if recorded and isinstance(recorded, str) else stop(
+            f"{adapter} does not say what it was trained on; name its base with --model")
+    elif recorded not in ("", None, model, str(Path(model).resolve())):
         print(f"base: {model}, as asked; the adapter's record names {recorded}", file=sys.stderr)
-    return Base(*find_model(model if named else recorded), place, run)
+    return Base(*find_model(model), place, run)
 
 
 def find_adapter(adapter: str) -> Path:
@@ -761,14 +761,19 @@ def find_adapter(adapter: str) -> Path:
         with one_line(f"no adapter directory {adapter}, and none on the Hub to be had"):
             place = Path(huggingface_hub.snapshot_download(
                 adapter, ignore_patterns=["*.bin", "checkpoint-*"]))
-    if not (place / "adapter_config.json").is_file():
-        stop(f"{adapter} is no adapter directory: it has no adapter_config.json")
-    files = [place / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
-    files = [path for path in files if path.is_file()]
-    if not files:
-        stop(f"{adapter} holds no adapter weights (adapter_model.safetensors)")
-    refuse_pointer(files[0])
+    check_directory(place, "adapter", "adapter_config.json", "adapter_model.safetensors",
+                    "adapter_model.bin")
     return place
+
+
+def check_directory(place: Path, kind: str, record: str, *weights: str) -> None:
+    if not (place / record).is_file():
+        stop(f"{place} is no {kind} directory: it has no {record}")
+    files = [file for pattern in weights for file in place.glob(pattern) if file.is_file()]
+    if not files:
+        stop(f"{place} holds no weights ({weights[0]}); give a complete {kind} directory")
+    for file in (*files, *place.glob("tokenizer.*")):
+        refuse_pointer(file)
 
 
 def refuse_pointer(file: Path) -> None:
@@ -787,9 +792,7 @@ def read_record(path: Path) -> dict:
     """A JSON object from a file."""
     with one_line(f"{path} can't be used; is it damaged?"):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
-            raise ValueError("it is no JSON object")
-        return record
+        return record if isinstance(record, dict) else stop(f"{path} is no JSON object")
 
 
 def find_model(name: str, named: bool = True) -> tuple[str, str]:
@@ -804,13 +807,7 @@ def find_model(name: str, named: bool = True) -> tuple[str, str]:
         if path.suffix == ".gguf" and path.is_file():
             return str(laptop(name).gguf_model(path)), str(path.resolve())
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            stop(f"{name} is no model directory: it has no config.json")
-        weights = [*path.glob("*.safetensors"), *path.glob("*.bin")]
-        if not weights:
-            stop(f"{name} holds no weights (*.safetensors); give a complete model directory")
-        for file in (*weights, *path.glob("tokenizer.*")):
-            refuse_pointer(file)
+        check_directory(path, "model", "config.json", "*.safetensors", "*.bin")
         return str(path), str(path.resolve())
     if re.match(r"[.~]{0,2}/|[A-Za-z]:\\", name) or name.count("/") > 1 or path.suffix == ".gguf":
         stop(f"no file or directory {name}: name a model with --model DIR, FILE.gguf or a Hub id")
@@ -819,10 +816,8 @@ def find_model(name: str, named: bool = True) -> tuple[str, str]:
         huggingface_hub.hf_hub_download(name, "config.json")
         return name, name
     except (OSError, ValueError) as problem:  # the Hub's own words name the spelling, the licence
-        said = " ".join(str(problem).split()[:40])
-        why = f"{name} can't be read from the Hub ({said}); `hf auth login`, or --model DIR"
-        if not reachable:
-            why = f"the Hub can't be reached and its cache lacks {name}; take --model DIR"
+        said = " ".join(str(problem).split()[:40]) if reachable else "which can't be reached"
+    why = f"{name} can't be read from the Hub ({said}); `hf auth login`, or --model DIR"
     if named:
         stop(why)
     package = laptop(f"{why}, and so it").PACKAGE
@@ -834,46 +829,39 @@ def load_tokenizer(base: Base, template: str = "own"):
     """The tokenizer saved with the adapter, else the base's; it ends where a turn ends."""
     own = base.adapter and (base.adapter / "tokenizer_config.json").is_file()
     path = str(base.adapter if own else base.path)
-    with one_line(f"{path} has no tokenizer that can be loaded"):
+    with one_line(f"{path} is no chat model that can be loaded"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             path, padding_side="left", trust_remote_code=False)  # else it asks
+        config = transformers.AutoConfig.from_pretrained(base.path, trust_remote_code=False)
     if template == "plain":
         tokenizer.chat_template = PLAIN_TEMPLATE
-    if tokenizer.chat_template is None:
-        stop(f"{path} has no chat template: take an -Instruct model, or --chat-template plain")
     # TRL knows one end token, and some models end a turn with another one than their tokenizer's.
-    reply = "the reply"
-    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": reply}]
-    with one_line(f"the chat template of the model {path} fails"):
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "the reply"}]
+    with one_line(f"the model {path} has no chat template that works: --chat-template plain"):
         text = tokenizer.apply_chat_template(turn, tokenize=False)
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-    tail = tokenizer.tokenize(text.rpartition(reply)[2])
-    ends = [token for token in tail if token in special]
-    if ends:
-        tokenizer.eos_token = ends[0]
+    tail = tokenizer.tokenize(text.rpartition("the reply")[2])
+    tokenizer.eos_token = next((token for token in tail if token in special), tokenizer.eos_token)
     if tokenizer.eos_token is None:
         stop(f"the tokenizer {path} has no end token, and its chat template ends no turn with one")
-    with one_line(f"{base.name} is no chat model that can be loaded"):
-        config = transformers.AutoConfig.from_pretrained(base.path, trust_remote_code=False)
     rows = getattr(config.get_text_config(), "vocab_size", math.inf)
-    needed = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    if max(needed) >= rows:
-        stop(f"{base.name} has no row for the token {tokenizer.decode(max(needed))} of its chat "
-             "template: resize its embeddings, or take another model or --chat-template plain")
+    last = max(*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id)
+    if last >= rows:
+        stop(f"{base.name} has no row for the token {tokenizer.decode(last)} of its chat template: "
+             "resize its embeddings, or take another model or --chat-template plain")
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token  # one that the embeddings have a row for
     return tokenizer
 
 
 def check_model(args, base: Base) -> tuple[int, int | None]:
-    """(parameters, context in tokens) of a model without weights; stops at LoRA targets that it
-    does not have, and at an adapter that does not fit."""
+    """(parameters, context in tokens), or stop at an adapter or LoRA targets that don't fit."""
     with one_line(f"{base.name} is no chat model that can be loaded"), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(base.path, trust_remote_code=False)
         model = transformers.AutoModelForCausalLM.from_config(config)
         model.tie_weights()
     parameters = model.num_parameters()
-    if base.adapter:  # or stop, before any weight of the base is loaded
+    if base.adapter:
         merge(put_adapter(model, base.adapter, is_trainable=not only_exports(args)))
     elif not args.full_finetune:
         check_targets(args.lora_targets, model)
@@ -885,11 +873,12 @@ def check_targets(targets: list[str], model) -> None:
     kinds = torch.nn.Linear, transformers.Conv1D
     names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    shared = {name.rpartition(".")[2] for name, module in model.named_modules()
-              if module in (head, table) and head is not None and head.weight is table.weight}
-    if tied := sorted(shared & set(targets)):
-        stop(f"--lora-targets {', '.join(tied)}: this model's embeddings and its head are one "
-             "matrix, so what trains one changes the other; leave it out")
+    if head is not None and head.weight is table.weight:
+        shared = {name.rpartition(".")[2] for name, module in model.named_modules()
+                  if module in (head, table)}
+        if tied := sorted(shared & set(targets)):
+            stop(f"--lora-targets {', '.join(tied)}: this model's embeddings and its head are one "
+                 "matrix, so what trains one changes the other; leave it out")
     wrong = [target for target in targets if target != "all-linear"
              and not any(f".{name}".endswith(f".{target}") for name in names)]
     if wrong:
@@ -900,12 +889,13 @@ def check_targets(targets: list[str], model) -> None:
 
 def load_base(args, path: str):
     """A causal language model on the GPU if there is one, else on the CPU."""
-    asked, how = args.attn_implementation, {"dtype": getattr(torch, args.dtype)}
-    how["attn_implementation"] = choose_attention(path) if asked == "auto" else asked
+    asked, dtype = args.attn_implementation, getattr(torch, args.dtype)
+    how = {"dtype": dtype,
+           "attn_implementation": choose_attention(path) if asked == "auto" else asked}
     if args.load_in_4bit:
         how["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=how["dtype"])
+            bnb_4bit_compute_dtype=dtype)
     if gpu():
         how["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     smaller = f"while loading {path}: --load-in-4bit, or a smaller --model"
@@ -938,11 +928,9 @@ def load_policy(args, base: Base, saved: Path | None):
 
 def load_saved(args, base: Base, saved: Path | None):
     """The base with a saved adapter on it; on a CPU as one model, which writes faster."""
-    full = saved if args.full_finetune else None
-    model = load_base(args, str(full or base.path))
-    if full or not saved:
-        return model
-    model = put_adapter(model, saved)
+    if args.full_finetune or not saved:
+        return load_base(args, str(saved or base.path))
+    model = put_adapter(load_base(args, base.path), saved)
     return model if gpu() or args.load_in_4bit else merge(model)
 
 
@@ -953,11 +941,10 @@ def put_adapter(model, saved: Path, is_trainable: bool = False):
         config = peft.PeftConfig.from_pretrained(str(saved))
         begun = getattr(config, "init_lora_weights", None)
         if "niter" in str(begun):
-            stop(f"the adapter {saved} began at random ({begun}), where no one can begin again: "
-                 "save it with PEFT's path_initial_model_for_weight_conversion")
+            stop(f"the adapter {saved} began at random ({begun}): save it with PEFT's "
+                 "path_initial_model_for_weight_conversion")
         if getattr(config, "layer_replication", None):
-            stop(f"the adapter {saved} uses layers twice (layer_replication), which no saved model "
-                 "can: it is not taken")
+            stop(f"the adapter {saved} uses layers twice (layer_replication): it is not taken")
         if model.device.type == "meta" and begun in ("olora", "pissa"):
             config.init_lora_weights = True  # those take the base's weights apart
         model = peft.PeftModel.from_pretrained(
@@ -966,8 +953,7 @@ def put_adapter(model, saved: Path, is_trainable: bool = False):
     missing, foreign = loaded.missing_keys, loaded.unexpected_keys
     if missing or foreign:
         stop(f"the adapter {saved} does not fit this model, which lacks {len(foreign)} of its "
-             f"{len(weights)} tensors, and takes {len(missing)} that it does not hold: it was made "
-             "for another base, or its names are not PEFT's")
+             f"{len(weights)} tensors and takes {len(missing)} others: --model names its base")
     if not all(value.isfinite().all() for value in weights.values()):
         stop(f"the adapter {saved} holds values that are no finite numbers")
     if not any(value.any() for name, value in weights.items() if "lora_A" not in name):
@@ -981,8 +967,8 @@ def put_adapter(model, saved: Path, is_trainable: bool = False):
 
 
 def merge(model):
-    """A PEFT model as one, the adapter in its weights. Layers that share a matrix, as embeddings
-    and head do, are parted where the adapter is on one: else it would change the others, too."""
+    """A PEFT model as one. What shares a matrix, as embeddings and head do, is parted where the
+    adapter is on it: else it would change the others, too."""
     whole = model.get_base_model()
     users = Counter(id(weight) for module in whole.modules()
                     for weight in module.parameters(recurse=False))

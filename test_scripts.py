@@ -507,7 +507,7 @@ WRONG = [  # what is typed (to train: beside a run that would work), what the on
         ("--model folder", "has no config.json"),
         ("--model no-weights", "holds no weights"),
         ("--model no-template", "has no chat template"),
-        ("--model owner/name", "the Hub can't be reached and its cache lacks owner/name"),
+        ("--model owner/name", "owner/name can't be read from the Hub (which can't be reached)"),
         ("--adapter owner/name", "none on the Hub"),
         ("--lora-targets q_proj k_proj attn_out ff_proj", "--lora-targets attn_out, ff_"),
         ("--report-to wandb", "--report-to: wandb"),  # missing here, or without an account
