@@ -1317,11 +1317,9 @@ EVALUATION_BATCH = 128  # completions at once
 def complete(model, tokenizer, texts: list[str], *, max_tokens: int, temperature: float = 0.0,
              top_p: float = 1.0, seed: int = 0, batch_size: int = 128, label: str = "",
              streamer=None, adapter: Path | None = None) -> list[Completion]:
-    """Complete rendered prompts, in batches of like length; temperature 0 is greedy.
-
-    By the model's own vLLM engine where it has one, with `adapter`; else by its generate, with a
-    progress bar after `label`, and a `streamer` of transformers that sees a single prompt's tokens.
-    """
+    """Complete rendered prompts: by the model's own vLLM engine where it has one, with `adapter`;
+    else by generate, those of like length together, with a progress bar where there is a `label`.
+    Temperature 0 is greedy."""
     if hasattr(model, "vllm_engine"):
         from vllm import SamplingParams
 
@@ -1334,12 +1332,10 @@ def complete(model, tokenizer, texts: list[str], *, max_tokens: int, temperature
     order = sorted(range(len(texts)), key=lambda i: -lengths[i])
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature:
-        how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    how |= {"max_new_tokens": max_tokens, "streamer": streamer, "eos_token_id": sorted(ends),
-            "pad_token_id": tokenizer.pad_token_id,
-            "repetition_penalty": 1.0}  # some models ship one; training has none
+    how = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_p": top_p,
+           "top_k": 0, "max_new_tokens": max_tokens, "streamer": streamer,
+           "eos_token_id": sorted(ends), "pad_token_id": tokenizer.pad_token_id,
+           "repetition_penalty": 1.0}  # some models ship one; training has none
     done, was_training = [None] * len(texts), model.training
     model.eval()
     # Ten lines a second, as by default, fill what a notebook keeps.
@@ -1370,8 +1366,7 @@ def complete(model, tokenizer, texts: list[str], *, max_tokens: int, temperature
 
 
 def give_memory_back(model) -> None:
-    """What Unsloth keeps for writing, to training: the engine sleeps and wakes by itself when it is
-    asked, and its generate leaves buffers for the cache on every layer."""
+    """To training: the engine sleeps until it is asked, and generate's cached buffers go."""
     engine = getattr(model, "vllm_engine", None)
     if engine and engine.llm_engine.vllm_config.model_config.enable_sleep_mode:
         engine.sleep(1)
@@ -1382,10 +1377,9 @@ def give_memory_back(model) -> None:
 
 def measure(run: Run, model, saved: Path | None, stage: str) -> None:
     """Answer and grade the held-out questions with what was saved, once: evaluation_STAGE.jsonl."""
-    args, rows = run.args, run.test
-    path = run.dir / f"evaluation_{stage}.jsonl"
+    args, rows, path = run.args, run.test, run.dir / f"evaluation_{stage}.jsonl"
     done = [row["question"] for row in read_jsonl(path)]
-    if not rows or not is_main_process() or done == [row["question"] for row in rows]:
+    if not is_main_process() or done == [row["question"] for row in rows]:
         return
     if model and saved and not hasattr(model, "vllm_engine"):  # its engine reads it by itself
         peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(saved), device="cpu"))
@@ -1435,11 +1429,10 @@ class Watch:
     """Shows progress, writes metrics.jsonl, raises alarms, and guards the weights (a callback).
 
     A gradient that is not finite is thrown away and ends the run, so the weights stay those of the
-    last good step (in float16 the loss scaler skips such a step). The first Ctrl-C ends after the
-    step under way, saved; the second at once.
+    last good step. The first Ctrl-C ends after the step under way, saved; the second at once.
     """
 
-    def __init__(self, run_dir: Path, completions_a_step: int | None):  # None: supervised steps
+    def __init__(self, run_dir: Path, completions_a_step: int):  # 0: supervised steps
         self.run_dir, self.a_step = run_dir, completions_a_step
         self.alarms, self.interrupted, self.broken = set(), False, None
 
@@ -1448,7 +1441,7 @@ class Watch:
         with suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, self.interrupt)
 
-    def interrupt(self, signum, frame):
+    def interrupt(self, *_):
         print("\nending after this step, saved; Ctrl-C again ends at once", flush=True)
         self.interrupted = True
         self.on_train_end()
@@ -1458,10 +1451,9 @@ class Watch:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if getattr(args, "fp16", False):
-            return  # its loss scaler meets such gradients by design, and skips them itself
         grads = [p.grad for p in model.parameters() if p.grad is not None]
-        if not all(torch.isfinite(grad).all() for grad in grads):
+        # In float16 the loss scaler meets such gradients by design, and skips them itself.
+        if not args.fp16 and not all(torch.isfinite(grad).all() for grad in grads):
             self.broken = state.global_step + 1
             model.zero_grad()  # the optimiser leaves these weights as they are
 
@@ -1478,25 +1470,25 @@ class Watch:
             return  # an evaluation's, or the sum of the run
         now, step, last = time.time(), state.global_step, state.max_steps
         left = (now - self.begun) / max(step - self.first_step, 1) * (last - step) / 60
-        parts, every = [f"supervised step {step}/{last}"], math.ceil(last / 10)
-        if self.a_step:
-            length, row, every = logs["completions/mean_length"], state.log_history[-1], 1
-            row["tokens_per_second"] = round(length * self.a_step / (now - self.logged), 1)
-            write_whole(self.run_dir / "metrics.jsonl", state.log_history)
-            parts = [f"step {step}/{last} · reward {logs.get('reward') or 0:.2f}"]
-            for key in filter(re.compile("rewards/.*(correct|format).*/mean").fullmatch, logs):
-                name = key[8:-5].removesuffix("_reward_func").replace("_", " ")
-                parts.append(f"{'right' if 'correct' in key else name} {logs[key] or 0:.2f}")
-            parts.append(f"length {length:.0f} · {row['tokens_per_second']:.0f} tokens/s")
+        if not self.a_step:
+            if step % math.ceil(last / 10) == 0 or step == last:
+                print(f"supervised step {step}/{last} · {left:.0f} min left", flush=True)
+            return
+        length, row = logs["completions/mean_length"], state.log_history[-1]
+        row["tokens_per_second"] = round(length * self.a_step / (now - self.logged), 1)
         self.logged = now
-        if step % every == 0 or step == last:
-            print(" · ".join([*parts, f"{left:.0f} min left"]), flush=True)
+        write_whole(self.run_dir / "metrics.jsonl", state.log_history)
+        parts = [f"step {step}/{last} · reward {logs.get('reward') or 0:.2f}"]
+        for key in filter(re.compile("rewards/.*(correct|format).*/mean").fullmatch, logs):
+            name = key[8:-5].removesuffix("_reward_func").replace("_", " ")
+            parts.append(f"{'right' if 'correct' in key else name} {logs[key] or 0:.2f}")
+        parts.append(f"length {length:.0f} · {row['tokens_per_second']:.0f} tokens/s")
+        print(" · ".join([*parts, f"{left:.0f} min left"]), flush=True)
         steps = [row for row in state.log_history if "loss" in row]
-        groups = self.a_step and self.a_step // args.num_generations
-        for metric, alarm in left_ranges(steps, groups) if groups else ():
+        for metric, alarm in left_ranges(steps, self.a_step // args.num_generations):
             if metric not in self.alarms:
-                self.alarms.add(metric)
                 print(f"watch: {alarm}", flush=True)
+            self.alarms.add(metric)
 
 
 def left_ranges(log: list[dict], groups: int) -> list[tuple[str, str]]:
@@ -1508,20 +1500,19 @@ def left_ranges(log: list[dict], groups: int) -> list[tuple[str, str]]:
                   and isinstance(row.get(metric), (int, float))]
         middle = statistics.median(values) if len(values) == wanted else low
         if not low <= middle <= high:
-            bound = f"below {low:g}" if middle < low else f"above {high:g}"
-            line = f"{metric} is {middle:.3g}, {bound}, in {wanted} steps: {remedy}"
-            found.append((metric, line))
+            found.append((metric, f"{metric} is {middle:.3g}, not {low:g} to {high:g}, in {wanted} "
+                                  f"steps: {remedy}"))
     return found
 
 
-def write_whole(path: Path, content: str | dict | list[dict]) -> None:
-    """Write a text, an object as JSON or rows as JSON lines, whole or not at all."""
+def write_whole(path: Path, content: dict | list[dict]) -> None:
+    """Write an object as JSON, or rows as JSON lines, whole or not at all."""
     if isinstance(content, dict):
-        content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    elif not isinstance(content, str):
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    else:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
     part = path.with_name(f".{path.name}.part")
-    part.write_text(content, encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
@@ -1533,20 +1524,22 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def find_run(output_dir: str | None) -> Path:
     """The run that --resume goes on with: that of --output-dir, or the newest under outputs/."""
-    wanted = [Path(output_dir)] if output_dir else [
+    places = [Path(output_dir)] if output_dir else [
         *Path("outputs").glob("*"), *Path().glob(f"{RECIPES['cookbook']['output_dir']}*")]
-    found = [path for path in wanted if (path / "args.json").is_file()]
-    return max(found, key=lambda path: (path / "args.json").stat().st_mtime, default=None) or stop(
+    records = filter(Path.is_file, (place / "args.json" for place in places))
+    record = max(records, key=lambda record: record.stat().st_mtime, default=None)
+    return record.parent if record else stop(
         f"no run in {output_dir or 'outputs/'} to go on with; start without --resume")
 
 
 def free_directory(path: Path) -> Path:
     """The directory, or, where it holds something, one with a number."""
     path, n = path if path.name else path.resolve(), 1  # "."
-    wanted = path.name
-    while path.is_dir() and any(path.iterdir()):
-        path, n = path.with_name(f"{wanted}-{n + 1}"), n + 1
-    return path
+    free = path
+    while free.is_dir() and any(free.iterdir()):
+        n += 1
+        free = path.with_name(f"{path.name}-{n}")
+    return free
 
 
 def run_record(args, base: Base, shots, limit: int, source: str) -> dict:
@@ -1598,6 +1591,7 @@ def export(args, base: Base, model, tokenizer) -> None:
             write_whole(merged / "args.json", made | {"options": options})
         print(f"merged: {merged}")
     if "gguf" in args.export:  # the model may hold other weights than those that were kept
+        model = model or load_unsloth(args, base.path, base.adapter, 512, tokenizer)
         weights = peft.load_peft_weights(str(base.adapter), device="cpu")
         peft.set_peft_model_state_dict(model, weights)
         model.save_pretrained_gguf(str(merged.with_name("gguf")), tokenizer)
