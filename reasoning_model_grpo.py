@@ -1024,16 +1024,18 @@ TRL_GIVES = ("prompts", "completions", "completion_ids", "trainer_state", "log_e
 
 def load_rewards(args, given: list, rows: list[dict]) -> list:
     """The reward functions, by name or as `given` from Python, each checked at every call."""
-    rewards = []
-    for i, label in enumerate(args.reward_funcs):
-        func, label = given[i] if given else find_reward(label), label.removesuffix(FROM_PYTHON)
-        rewards.append(checked(func, label, args.format, rows, tables=i == 0))
-    columns = {name for row in rows for name in row["columns"]}
+    columns = dict.fromkeys(name for row in rows for name in row["columns"])
     if taken := [name for name in TRL_GIVES if name in columns]:
         print(f"rewards get what TRL gives as {', '.join(taken)}, not the columns of that name")
-    for i, func in enumerate(rewards):  # TRL and the samples tell rewards by their names
-        if same := [other.__name__ for other in rewards[:i]].count(func.__name__):
-            func.__name__ += f"_{same + 1}"
+    rewards, names = [], []
+    for i, label in enumerate(args.reward_funcs):
+        func, label = given[i] if given else find_reward(label), label.removesuffix(FROM_PYTHON)
+        ours = func in REWARD_FUNCS.values()  # which need no column, and mind none named "fmt"
+        reward = checked(func, label, args.format, rows, () if ours else columns, tables=i == 0)
+        names.append(label.rpartition(":")[2])
+        same = names.count(names[-1])  # TRL and the samples tell rewards by their names
+        reward.__name__ = names[-1] + f"_{same}" * (same > 1)
+        rewards.append(reward)
     return rewards
 
 
@@ -1043,13 +1045,11 @@ def find_reward(name: str):
         return REWARD_FUNCS[name]
     if name.endswith(FROM_PYTHON):
         stop(f"the reward {name}: main([\"--resume\"], reward_funcs=[...]) goes on with it")
-    file, colon, function = name.rpartition(":")
-    if not colon:
-        stop(f"no reward {name}{did_you_mean(name, REWARD_FUNCS)}; there are "
-             f"{', '.join(REWARD_FUNCS)}, or write FILE.py:function")
+    file, _, function = name.rpartition(":")
     path = Path(file).resolve()
     if not path.is_file():
-        stop(f"reward {name}: no file {file}; write FILE.py:function")
+        stop(f"no reward {name}{did_you_mean(name, REWARD_FUNCS)}; there are "
+             f"{', '.join(REWARD_FUNCS)}, or write FILE.py:function")
     try:
         found = getattr(import_file(path, path.stat().st_mtime_ns), function, None)
     except (Exception, SystemExit) as problem:
@@ -1059,16 +1059,14 @@ def find_reward(name: str):
 
 @cache
 def import_file(path: Path, changed: int):
-    """A file as a module with a name of its own and its neighbours on the path, as imports of
-    theirs and process pools want it; read again after it has `changed` (a time in ns)."""
+    """A file as a module that process pools find, its neighbours, too; anew where it `changed`."""
     name = re.sub(r"\W", "_", path.stem)
     known = importlib.util.find_spec(name)
     if known and known.origin != str(path):
         name = f"user_{name}"  # rewards.py, say, or the name of a library
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
+    sys.path.append(str(path.parent))
     spec.loader.exec_module(module)
     return module
 
@@ -1077,46 +1075,34 @@ class RewardError(Exception):
     """A fault in a reward function; main ends with it in one line."""
 
 
-def checked(func, label: str, fmt: str, rows: list[dict], tables: bool):
+def checked(func, label: str, fmt: str, rows: list[dict], columns, tables: bool):
     """A reward whose every call is checked: a fault in it must not look like a bad model.
 
-    It gets what TRL gives it, and each column of its rows' file, whose values Arrow need not be
-    able to hold; our own need none. `tables`: it also gives TRL's table of completions the question
-    and the gold.
+    It gets what TRL gives, and `columns` of its rows, whatever Arrow can hold. `tables`: it also
+    gives TRL's table of completions the question and the gold.
     """
-    ours = func in REWARD_FUNCS.values()
-    names = [] if ours else dict.fromkeys(name for row in rows for name in row["columns"])
-    more = {}
-    with suppress(ValueError):  # what is written in C may have no signature
-        if "fmt" in inspect.signature(func).parameters:
-            more = {"fmt": fmt}
-
     def arguments(row, given: dict) -> dict:
         mine = [rows[i] for i in row]
-        columns = {str(name): [one["columns"].get(name) for one in mine] for name in names}
+        theirs = {str(name): [one["columns"].get(name) for one in mine] for name in columns}
         asked = {name: [one[name] for one in mine] for name in ("question", "answer")}
-        return more | columns | asked | given
+        return {"fmt": fmt} | theirs | asked | given
 
     def check(values, completions, row, log_extra, **_):
-        values = [v if v is None or isinstance(v, str) else float(v) for v in values]
+        values = [None if value is None else float(value) for value in values]
         if len(values) != len(completions):
-            raise RewardError(f"reward {label} returned {len(values)} values for "
-                              f"{len(completions)} completions")
+            raise ValueError(f"{len(values)} values for {len(completions)} completions")
         for value, completion in zip(values, completions):  # TRL leaves None out
-            if isinstance(value, str) or value is not None and not math.isfinite(value):
-                raise RewardError(f"reward {label} returned {value!r}, which is no number, for the "
-                                  f"completion {completion_text(completion)[:60]!r}")
-        if tables:
-            for name in ("question", "answer"):
-                log_extra(name, [rows[i][name] for i in row])
+            if value is not None and not math.isfinite(value):
+                text = completion_text(completion)[:60]
+                raise ValueError(f"{value} for the completion {text!r}")
+        for name in ("question", "answer") if tables else ():
+            log_extra(name, [rows[i][name] for i in row])
         return values
 
     @contextmanager
     def named():
         try:
             yield
-        except RewardError:
-            raise
         except (Exception, SystemExit) as problem:
             kind = type(problem).__name__
             raise RewardError(f"reward {label} fails with {kind}: {problem}") from problem
@@ -1129,18 +1115,15 @@ def checked(func, label: str, fmt: str, rows: list[dict], tables: bool):
         with named():
             return check(await func(**arguments(row, given)), row=row, **given)
 
-    awaited = any(map(inspect.iscoroutinefunction, (func, type(func).__call__)))
-    chosen = later if awaited else reward
-    chosen.__name__ = label.rpartition(":")[2]  # TRL plots rewards/{__name__}
-    return chosen
+    return later if any(map(inspect.iscoroutinefunction, (func, type(func).__call__))) else reward
 
 
 def try_rewards(run: Run) -> None:
-    """Call each reward once with what TRL gives in a step, for groups of worked solutions: a faulty
-    one is named before an hour is spent. One that is awaited waits for TRL's event loop."""
+    """Call each reward once as a step does, on worked solutions: a faulty one is named now. One
+    that is awaited waits for TRL's event loop."""
     args = run.args
-    n = completions_a_step(args) // processes()
-    rows = [row for row in run.train for _ in range(args.num_generations)][:n]
+    rows = [row for row in run.train for _ in range(args.num_generations)]
+    rows = rows[: completions_a_step(args) // processes()]
     texts = [worked(row, args.format) if row["solution"] else row["answer"] for row in rows]
     given = {
         "prompts": [row["prompt"] for row in rows], "row": [row["row"] for row in rows],

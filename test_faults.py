@@ -283,7 +283,7 @@ def test_a_spoilt_file_is_taken_or_refused_in_one_line(
 # ---- Faults that show only later -----------------------------------------------------------------
 LATER = {  # what a reward that was right before training gives in its second step
     "[float('nan')] * n": "for the completion '", "[1 / 0]": "ZeroDivisionError", "exit(0)": "",
-    "[0.0] * (n - 1)": "3 values for 4", "['good'] * n": "'good', which is no number, for the co",
+    "[0.0] * (n - 1)": "3 values for 4", "['good'] * n": "string to float: 'good'",
     "None": "TypeError"}
 TURNS = """
 import os
