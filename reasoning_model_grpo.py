@@ -734,6 +734,7 @@ class Run(NamedTuple):
     train: list[dict]
     validation: list[dict]
     test: list[dict]
+    solved: list[dict]  # those of `train` that the warm start learns; [] where there is none
     rewards: list
     begun: float  # seconds since the epoch
 
@@ -1136,15 +1137,27 @@ def try_rewards(run: Run) -> None:
             func(**given)
 
 
-def as_dataset(rows: list[dict]):
-    return datasets.Dataset.from_list([{"prompt": r["prompt"], "row": r["row"]} for r in rows])
-
-
-def grpo_config(args, output_dir: Path, limit: int, validate=False, fresh=True, end=None):
-    """TRL's GRPOConfig: the options, then our own defaults, which --set may change. `end` is the id
-    of the token that ends a turn."""
+def grpo_config(args, output_dir: Path, limit: int, validate=False, end=None):
+    """TRL's GRPOConfig: the options, and our defaults, which --set may change; `end`: of a turn."""
     known = {field.name: field.default for field in dataclasses.fields(trl.GRPOConfig)}
-    owned = option_fields(args, known, output_dir, limit, validate, fresh)
+    vllm = "off" if args.backend == "unsloth" else args.vllm  # Unsloth's trainer sets its own
+    by_option = {name: {name: value} for name, value in vars(args).items() if name in known} | {
+        "output_dir": {"output_dir": str(output_dir), "run_name": output_dir.name},
+        "project_name": {"project": args.project_name}, "backend": {"use_cpu": not gpu()},
+        "vllm": {"use_vllm": vllm != "off",
+                 "vllm_mode": "server" if vllm == "server" else "colocate"},
+        "gpu_memory_utilization": {
+            "vllm_gpu_memory_utilization": args.gpu_memory_utilization or 0.5},
+        "max_completion_length": {"max_completion_length": limit},
+        "batch_size": {"per_device_train_batch_size": args.batch_size},
+        "dtype": {"bf16": args.dtype == "bfloat16", "fp16": args.dtype == "float16"},
+        "save_steps": {"save_steps": args.eval_steps or args.save_steps},
+        "eval_steps": {
+            "eval_steps": args.eval_steps or None, "eval_strategy": "steps" if validate else "no",
+            "eval_on_start": validate and newest(output_dir) is None,
+            "load_best_model_at_end": validate,
+            "metric_for_best_model": "eval_reward" if validate else None}}
+    owned = {field: option for option, values in by_option.items() for field in values}
     fields = {
         "logging_steps": 1, "disable_tqdm": True, "save_total_limit": 2, "max_grad_norm": 1.0,
         "lr_scheduler_type": "linear",  # falls to 0, so the last few questions don't decide
@@ -1156,82 +1169,53 @@ def grpo_config(args, output_dir: Path, limit: int, validate=False, fresh=True, 
         "num_generations_eval": generations_to_validate(args),
         # else vLLM reserves its cache for all of the model's context
         "vllm_max_model_length": args.max_prompt_length + limit,
-    } | {field: value for field, (_, value) in owned.items()}
+    }
+    for values in by_option.values():
+        fields |= values
     fields |= set_fields(args.set, known, owned)
     if end is not None and args.vllm != "off":  # vLLM stops at the model's own ends alone
         with one_line("--set generation_kwargs is no object"):
-            given = fields.get("generation_kwargs") or {}
-            fields["generation_kwargs"] = {"stop_token_ids": [end]} | given
+            ends = {"stop_token_ids": [end]}
+            fields["generation_kwargs"] = ends | (fields.get("generation_kwargs") or {})
     with one_line("GRPOConfig refuses these options"), quiet():
         config = trl.GRPOConfig(**fields)  # Unsloth's says what it sets, and we set back
     # Unsloth replaces GRPOConfig by its own, which sets some fields by the loss that is named, and
     # drops what it does not know with a warning.
     for name in ("mask_truncated_completions", "epsilon_high", "scale_rewards"):
         setattr(config, name, fields[name])
-    return use_one_gpu(config)
+    if config.n_gpu > 1:  # one process on several would wrap the model and double the batch
+        config._n_gpu = 1
+        print("one of several GPUs is used; `accelerate launch --num_processes N` uses more, "
+              "without Unsloth")
+    return config
 
 
-def option_fields(args, known: dict, output_dir: Path, limit: int, validate: bool, fresh: bool):
-    """GRPOConfig's fields that have an option here: field -> (the option, its value)."""
-    same = {name: (name, value) for name, value in vars(args).items() if name in known}
-    vllm = "off" if args.backend == "unsloth" else args.vllm  # Unsloth's trainer sets its own
-    return same | {
-        "output_dir": ("output_dir", str(output_dir)), "run_name": ("output_dir", output_dir.name),
-        "project": ("project_name", args.project_name), "use_cpu": ("backend", not gpu()),
-        "use_vllm": ("vllm", vllm != "off"),
-        "vllm_mode": ("vllm", "server" if vllm == "server" else "colocate"),
-        "max_completion_length": ("max_completion_length", limit),
-        "per_device_train_batch_size": ("batch_size", args.batch_size),
-        "bf16": ("dtype", args.dtype == "bfloat16"), "fp16": ("dtype", args.dtype == "float16"),
-        "vllm_gpu_memory_utilization": ("gpu_memory_utilization",
-                                        args.gpu_memory_utilization or 0.5),
-        "save_steps": ("save_steps", args.eval_steps or args.save_steps),
-        "eval_steps": ("eval_steps", args.eval_steps or None),
-        "eval_strategy": ("eval_steps", "steps" if validate else "no"),
-        "eval_on_start": ("eval_steps", validate and fresh),
-        "load_best_model_at_end": ("eval_steps", validate),
-        "metric_for_best_model": ("eval_steps", "eval_reward" if validate else None)}
-
-
-def set_fields(pairs: list[str], known: dict, owned: dict) -> dict:
+def set_fields(pairs: list[str], known: dict, options: dict) -> dict:
     """--set's NAME=VALUE as fields of GRPOConfig; stops at what would have no effect."""
-    idle = {"num_train_epochs": "max_steps", "do_train": "max_steps", "do_eval": "eval_steps",
-            "resume_from_checkpoint": "resume", "save_strategy": "save_steps",
-            "steps_per_generation": "gradient_accumulation_steps"}
+    options |= {"num_train_epochs": "max_steps", "do_train": "max_steps", "do_eval": "eval_steps",
+                "resume_from_checkpoint": "resume", "save_strategy": "save_steps",
+                "steps_per_generation": "gradient_accumulation_steps"}
     fields = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if name not in known:
             stop(f"--set {name}: GRPOConfig has no such field{did_you_mean(name, known)}")
-        option = idle.get(name) or owned.get(name, [None])[0]
-        if option:
-            stop(f"--set {pair}: --{option.replace('_', '-')} is the option for that")
+        if name in options:
+            stop(f"--set {pair}: --{options[name].replace('_', '-')} is the option for that")
         if not equals:
             stop(f"--set {pair}: write NAME=VALUE")
-        fields[name] = value
         with suppress(ValueError):
-            fields[name] = json.loads(value)
-        number_wanted, set_to = isinstance(known[name], (int, float)), fields[name]
-        if number_wanted and (not isinstance(set_to, (int, float)) or math.isnan(set_to)):
+            value = json.loads(value)
+        is_number = isinstance(value, (int, float)) and not math.isnan(value)
+        if isinstance(known[name], (int, float)) and not is_number:
             stop(f"--set {pair}: {name} is a number or true/false, by default {known[name]}")
+        fields[name] = value
     return fields
-
-
-def use_one_gpu(config, aloud: bool = True):
-    """One process on several GPUs would wrap the model and double the batch: groups misalign."""
-    if config.n_gpu > 1:
-        config._n_gpu = 1
-        if aloud:
-            print("one of several GPUs is used; `accelerate launch --num_processes N` uses more, "
-                  "without Unsloth")
-    return config
 
 
 def run_trainer(kind, config, place: Path, a_step: int = 0, **how):
     """Train from the newest checkpoint in `place`, if any; (trainer, the Watch that saw it)."""
     last = newest(place)
-    if last:
-        read_record(last / "trainer_state.json")  # or stop: the trainer would end in a traceback
     with one_line(f"{kind.__name__} refuses these options"), quiet():
         trainer = kind(args=config, **how)
     # Made here, when transformers may be imported.
@@ -1246,10 +1230,8 @@ def run_trainer(kind, config, place: Path, a_step: int = 0, **how):
         write(logs, *given)
 
     trainer.log = log
-    half, twice = config.per_device_train_batch_size // 2, config.gradient_accumulation_steps * 2
-    less = f"--batch-size {half} --gradient-accumulation-steps {twice}" if half else (
-        f"--max-completion-length {getattr(config, 'max_completion_length', 512) // 2}")
-    with one_line(None, f"in a training step; type the same with {less}"):
+    with one_line(None, "in a training step: halve --batch-size and double "
+                  "--gradient-accumulation-steps, or lower --max-completion-length"):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     return trainer, watch
 
@@ -1257,7 +1239,10 @@ def run_trainer(kind, config, place: Path, a_step: int = 0, **how):
 def newest(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a trainer: its state is written last."""
     found = [path.parent for path in run_dir.glob("checkpoint-*/trainer_state.json")]
-    return max(found, key=step_of, default=None)
+    last = max(found, key=step_of, default=None)
+    if last:
+        read_record(last / "trainer_state.json")  # or stop: the trainer would end in a traceback
+    return last
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -1269,16 +1254,16 @@ def warm_start(run: Run, model, config, saved: Path) -> None:
     args, place = run.args, run.dir / "warm_start"
     model = model or load_policy(args, run.base, run.base.adapter)
     more = {"chat_template_kwargs": args.chat_template_kwargs} if args.chat_template_kwargs else {}
-    solved = [row for row in run.train if row["solution"]][: args.warm_start * WARM_START_BATCH]
     pairs = [{"prompt": row["prompt"], "completion": [
-        {"role": "assistant", "content": worked(row, args.format)}]} | more for row in solved]
+        {"role": "assistant", "content": worked(row, args.format)}]} | more for row in run.solved]
     same = ("use_cpu", "bf16", "fp16", "gradient_checkpointing", "seed", "optim", "weight_decay",
             "max_grad_norm", "save_total_limit", "save_steps", "logging_steps", "disable_tqdm")
-    config = use_one_gpu(trl.SFTConfig(  # each that differs in Unsloth is named
+    config = trl.SFTConfig(  # each that differs in Unsloth is named
         output_dir=str(place), max_steps=args.warm_start, max_length=None, report_to="none",
         per_device_train_batch_size=WARM_START_BATCH, gradient_accumulation_steps=1,
         learning_rate=args.warm_start_learning_rate, lr_scheduler_type="linear", warmup_steps=0,
-        **{name: getattr(config, name) for name in same}), aloud=False)
+        **{name: getattr(config, name) for name in same})
+    config._n_gpu = min(config.n_gpu, 1)
     _, watch = run_trainer(trl.SFTTrainer, config, place, processing_class=run.tokenizer,
                            train_dataset=datasets.Dataset.from_list(pairs), model=model)
     if watch.interrupted:
@@ -1584,19 +1569,13 @@ def export(args, base: Base, model, tokenizer) -> None:
 
 # ---- The run -------------------------------------------------------------------------------------
 def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=None):
-    """One run; from Python, with rewards as functions (or one), and questions of your own: rows, or
-    what datasets and pandas make of them.
-
-    Returns (trained model, tokenizer, trainer), None where nothing was trained.
-    """
+    """One run; from Python, with rewards as functions, and rows, or what datasets and pandas make
+    of them. Returns (trained model, tokenizer, trainer), None where nothing was trained."""
     begun = time.time()
     take_any_terminal()
     share_processors()
     given = reward_funcs or []
     given = list(given) if isinstance(given, (list, tuple)) else [given]
-    for one in given:
-        if not callable(one):
-            stop(f"reward_funcs: {one!r} is no function; a model that scores is asked in one")
     labels = [getattr(func, "__name__", type(func).__name__) for func in given]
     args = parse_options(argv, [f"{label}{FROM_PYTHON}" for label in labels])
     run_dir = Path(args.output_dir or f"outputs/{args.recipe}")
@@ -1609,26 +1588,25 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
         tokenizer = load_tokenizer(base, args.chat_template)
         parameters, context = check_model(args, base)
         if only_exports(args):
-            unsloth = "gguf" in args.export
-            return export(args, base, load_unsloth(args, base.path, base.adapter, 512, tokenizer)
-                          if unsloth else None, tokenizer)
+            return export(args, base, None, tokenizer)
         source, train, test = load_questions(args, train, test)
     limit, why = completion_limit(args, tokenizer, train)
     if context and args.max_prompt_length + limit > context:
         stop(f"--max-prompt-length {args.max_prompt_length} + --max-completion-length {limit} "
              f"exceed the model's context of {context} tokens")
     shots, train, validation, test = prepare_rows(args, tokenizer, base, train, test)
+    solved = [row for row in train if row["solution"]][: args.warm_start * WARM_START_BATCH]
     run = Run(args, base, tokenizer, run_dir, limit, run_record(args, base, shots, limit, source),
-              train, validation, test, load_rewards(args, given, train + validation), begun)
+              train, validation, test, solved, load_rewards(args, given, train + validation), begun)
     try:
         try_rewards(run)
-        config = grpo_config(args, run_dir, limit, bool(validation), newest(run_dir) is None,
-                             tokenizer.eos_token_id)
+        config = grpo_config(args, run_dir, limit, bool(validation), tokenizer.eos_token_id)
         show_plan(run, parameters, source, why)
-        if args.dry_run:
-            return show_prompt(run)
-        end_at_ctrl_c(False)
-        return run_phases(run, config)
+        if not args.dry_run:
+            end_at_ctrl_c(False)
+            return run_phases(run, config)
+        text, tokens = printable(train[0]["text"]), train[0]["tokens"]
+        print(f"\nthe first prompt, {tokens} tokens:\n{text}\n[gold: {train[0]['answer']}]")
     except RewardError as problem:
         stop(str(problem))
     except KeyboardInterrupt:
@@ -1643,34 +1621,41 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
 
 def run_phases(run: Run, config):
     """Each phase begins with what the one before has saved; what is there is not done again."""
-    args, base, warm = run.args, run.base, run.dir / "warm_start_lora"
+    args, base, warm, model = run.args, run.base, run.dir / "warm_start_lora", None
+    saved = run.dir / ("final_model" if args.full_finetune else "grpo_saved_lora")
     with one_line(f"--output-dir {run.dir} can't be written"):
         run.dir.mkdir(parents=True, exist_ok=True)
         write_whole(run.dir / "args.json", run.record)
-    saved = run.dir / ("final_model" if args.full_finetune else "grpo_saved_lora")
-    to_warm = args.warm_start and any(row["solution"] for row in run.train)
-    if args.warm_start and not to_warm:
-        print("no warm start: these questions come without worked solutions")
-    start, model = warm if warm.is_dir() else base.adapter, None
     if args.backend == "unsloth":
+        start = warm if warm.is_dir() else base.adapter
         model = load_unsloth(args, base.path, start, run.limit, run.tokenizer)
     measure(run, model, None, "before")
-    if to_warm and not warm.is_dir():
-        warm_start(run, model, config, warm)
-        with ThreadPoolExecutor(1) as pool:  # here, finalisers could swallow a Ctrl-C
-            pool.submit(gc.collect).result()  # the model and its optimiser
-        torch.cuda.empty_cache()
+    start, stage = base.adapter, "adapter"
+    if run.solved:
+        start, stage = warm, "warm_start"
+        if not warm.is_dir():
+            warm_start(run, model, config, warm)
+            with ThreadPoolExecutor(1) as pool:  # here, finalisers could swallow a Ctrl-C
+                pool.submit(gc.collect).result()  # the model and its optimiser
+            torch.cuda.empty_cache()
+    elif args.warm_start:
+        print("no warm start: these questions come without worked solutions")
     accelerate.PartialState().wait_for_everyone()
-    start = warm if to_warm else base.adapter
     if start:
-        measure(run, model, start, "warm_start" if to_warm else "adapter")
+        measure(run, model, start, stage)
     trainer, interrupted = None, False
     if read_run(saved).get("steps", 0) < args.max_steps:
         trainer, interrupted = grpo_phase(run, model, start, saved, config)
     if is_main_process():
         if not interrupted:
             measure(run, model, saved, "after")
-        finish(run, saved)
+        show_report(run.dir, STAGES)
+        files = ", ".join(sorted(path.name for path in run.dir.glob("[!.]*")))
+        print(f"\n{(time.time() - run.begun) / 60:.1f} minutes, peak memory "
+              f"{peak_memory_gb():.1f} GB. In {run.dir}: {files}")
+        flag = "--model" if args.full_finetune else "--adapter"
+        question = printable((run.test or run.train)[0]["question"])
+        print("ask it:    ", command("infer.py", flag, str(saved), question))
         if interrupted:
             print(go_on(run.dir))
         elif args.export:
@@ -1682,19 +1667,20 @@ def grpo_phase(run: Run, model, start: Path | None, saved: Path, config):
     """GRPO from what `start` holds, saved. Returns (trainer or None, whether Ctrl-C ended it)."""
     args, done, trainer, interrupted = run.args, newest(run.dir), None, False
     if step_of(done) >= args.max_steps:  # killed after its last step: what that left is saved now
-        with one_line(f"{done} is damaged: remove it, and --resume goes on without"):
-            state = transformers.TrainerState.load_from_json(str(done / "trainer_state.json"))
+        state = transformers.TrainerState.load_from_json(str(done / "trainer_state.json"))
         policy = load_policy(args, run.base, Path(state.best_model_checkpoint or done))
     else:
         policy = model or load_policy(args, run.base, start)
         kind = trl.GRPOTrainer
         if args.backend == "transformers" and not gpu() and laptop():
             kind = laptop().without_agreeing(kind)
+        parts = [[{"prompt": row["prompt"], "row": row["row"]} for row in rows]
+                 for rows in (run.train, run.validation)]
+        train, validation = map(datasets.Dataset.from_list, parts)
         trainer, watch = run_trainer(
-            kind, config, run.dir, completions_a_step(args), model=policy,
-            reward_funcs=run.rewards, processing_class=run.tokenizer,
-            train_dataset=as_dataset(run.train),
-            eval_dataset=as_dataset(run.validation) if run.validation else None)
+            kind, config, run.dir, completions_a_step(args), model=policy, train_dataset=train,
+            eval_dataset=validation if run.validation else None, reward_funcs=run.rewards,
+            processing_class=run.tokenizer)
         state, interrupted = trainer.state, watch.interrupted
         if watch.broken:
             print(f"stopped: the gradient of step {watch.broken} was not finite; saved is step "
@@ -1702,10 +1688,8 @@ def grpo_phase(run: Run, model, start: Path | None, saved: Path, config):
     best, kept = state.best_model_checkpoint, None
     if run.validation and not interrupted:
         kept = None if best else start
-        what = "the last step"
-        if best:
-            what = f"step {step_of(Path(best))}"
-        elif start:
+        what = f"step {step_of(Path(best))}" if best else "the last step"
+        if kept:
             what = "what GRPO started from, which it did not improve"
         print(f"kept: {what} (best validation reward {state.best_metric:.2f})")
     if is_main_process():
@@ -1717,53 +1701,26 @@ def grpo_phase(run: Run, model, start: Path | None, saved: Path, config):
 
 def show_plan(run: Run, parameters: int, source: str, why: str) -> None:
     args, n, base = run.args, run.args.num_generations, run.base
-    device = f"CPU, {torch.get_num_threads()} threads"
+    device, share = f"CPU, {torch.get_num_threads()} threads", ""
     if gpu():
         device = f"{gpu().name}, {gpu().total_memory / 1e9:.0f} GB"
-    share = ""
     if args.vllm == "colocate":
         own = "as Unsloth finds" if args.backend == "unsloth" else "0.5"
         share = f"; vLLM's share of the memory: {args.gpu_memory_utilization or own}"
-    trained = f"LoRA rank {args.lora_rank}"
-    if base.adapter or args.full_finetune:
-        trained = f"adapter {base.adapter}" if base.adapter else "all weights"
-    to_warm = args.warm_start and any(row["solution"] for row in run.train)
-    warm = f", after {args.warm_start} supervised ones" if to_warm else ""
+    trained = "all weights" if args.full_finetune else f"LoRA rank {args.lora_rank}"
+    trained = f"adapter {base.adapter}" if base.adapter else trained
+    packed = ", 4-bit" if args.load_in_4bit else ""
+    warm = f", after {args.warm_start} supervised ones" if run.solved else ""
     prompt = sum(row["tokens"] for row in run.train) / len(run.train)
     rewards = [f"{w:g} {r.__name__}" for w, r in zip(args.reward_weights, run.rewards)]
-    lines = {
-        "recipe": args.recipe,
-        "model": f"{base.name}, {parameters / 1e6:.0f} M parameters, {args.dtype}"
-                 f"{', 4-bit' if args.load_in_4bit else ''}, {trained}",
-        "device": f"{device}; backend {args.backend}, since {args.why}{share}",
-        "questions": f"{source}: {len(run.train)} to train on, {len(run.test)} held out",
-        "steps": f"{args.max_steps} x {completions_a_step(args) // n} questions x {n} "
-                 f"completions{warm}",
-        "tokens": f"about {prompt:.0f} a prompt, at most {run.limit} a completion ({why})",
-        "rewards": " + ".join(rewards),
-        "output": str(run.dir),
-    }
-    for name, text in lines.items():
-        print(f"{name + ':':<11}{text}", flush=True)
-    template = run.tokenizer.chat_template
-    if "<think>" in template or "thinking" in template:
-        print("a thinking model: what follows a leading <think>...</think> is judged")
-
-
-def show_prompt(run: Run) -> None:
-    first = run.train[0]
-    print(f"\nthe first prompt, {first['tokens']} tokens:\n{printable(first['text'])}\n"
-          f"[gold: {first['answer']}]")
-
-
-def finish(run: Run, saved: Path) -> None:
-    """Show what came of it, and say what to type next."""
-    show_report(run.dir, STAGES)
-    print(f"\n{(time.time() - run.begun) / 60:.1f} minutes, peak memory {peak_memory_gb():.1f} GB. "
-          f"In {run.dir}: {', '.join(sorted(path.name for path in run.dir.glob('[!.]*')))}")
-    flag = "--model" if run.args.full_finetune else "--adapter"
-    row = (run.test or run.train)[0]
-    print("ask it:    ", command("infer.py", flag, str(saved), printable(row["question"])))
+    print(f"recipe:    {args.recipe}\nmodel:     {base.name}, {parameters / 1e6:.0f} M parameters, "
+          f"{args.dtype}{packed}, {trained}\n"
+          f"device:    {device}; backend {args.backend}, since {args.why}{share}\n"
+          f"questions: {source}: {len(run.train)} to train on, {len(run.test)} held out\n"
+          f"steps:     {args.max_steps} x {completions_a_step(args) // n} questions x {n} "
+          f"completions{warm}\n"
+          f"tokens:    about {prompt:.0f} a prompt, at most {run.limit} a completion ({why})\n"
+          f"rewards:   {' + '.join(rewards)}\noutput:    {run.dir}", flush=True)
 
 
 def show_report(place: Path, stages: dict[str, str]) -> None:
@@ -1787,9 +1744,8 @@ def command(script: str, *words: str) -> str:
 
 def go_on(run_dir: Path) -> str:
     typed = command("reasoning_model_grpo.py", "--resume", "--output-dir", str(run_dir))
-    if processes() > 1:
-        typed = typed.replace("python", f"accelerate launch --num_processes {processes()}", 1)
-    return f"go on with: {typed}"
+    launch = f"accelerate launch --num_processes {processes()}" if processes() > 1 else "python"
+    return f"go on with: {launch}{typed.removeprefix('python')}"
 
 
 if __name__ == "__main__":

@@ -291,7 +291,7 @@ def test_values_of_all_kinds_are_taken(tiny_model, workplace):
 
 
 @pytest.mark.parametrize("given, says", [
-    *(({"reward_funcs": given}, "no function") for given in (
+    *(({"reward_funcs": given}, "not callable") for given in (
         "model/of/rewards", [None], [["a"]], {"a": 1})),
     *(({"train": given}, "question|rows") for given in (
         "openai/gsm8k", [], iter(()), [["a", 1]], {"train": []}, 5,
