@@ -722,9 +722,7 @@ class Base(NamedTuple):
     run: dict  # args.json of the run that made it; {} where there is none
 
 
-class Run(NamedTuple):
-    """What all phases of a run share."""
-
+class Run(NamedTuple):  # what all its phases share
     args: argparse.Namespace
     base: Base
     tokenizer: object
@@ -1077,11 +1075,8 @@ class RewardError(Exception):
 
 
 def checked(func, label: str, fmt: str, rows: list[dict], columns, tables: bool):
-    """A reward whose every call is checked: a fault in it must not look like a bad model.
-
-    It gets what TRL gives, and `columns` of its rows, whatever Arrow can hold. `tables`: it also
-    gives TRL's table of completions the question and the gold.
-    """
+    """A reward whose every call is checked: a fault in it must not look like a bad model. It gets
+    what TRL gives, and `columns` of its rows, which Arrow need not be able to hold."""
     def arguments(row, given: dict) -> dict:
         mine = [rows[i] for i in row]
         theirs = {str(name): [one["columns"].get(name) for one in mine] for name in columns}
@@ -1094,9 +1089,8 @@ def checked(func, label: str, fmt: str, rows: list[dict], columns, tables: bool)
             raise ValueError(f"{len(values)} values for {len(completions)} completions")
         for value, completion in zip(values, completions):  # TRL leaves None out
             if value is not None and not math.isfinite(value):
-                text = completion_text(completion)[:60]
-                raise ValueError(f"{value} for the completion {text!r}")
-        for name in ("question", "answer") if tables else ():
+                raise ValueError(f"{value} for the completion {completion_text(completion)[:60]!r}")
+        for name in ("question", "answer") if tables else ():  # TRL's, of completions
             log_extra(name, [rows[i][name] for i in row])
         return values
 
@@ -1120,8 +1114,7 @@ def checked(func, label: str, fmt: str, rows: list[dict], columns, tables: bool)
 
 
 def try_rewards(run: Run) -> None:
-    """Call each reward once as a step does, on worked solutions: a faulty one is named now. One
-    that is awaited waits for TRL's event loop."""
+    """Call each reward once as a step does, on worked solutions: a faulty one is named now."""
     args = run.args
     rows = [row for row in run.train for _ in range(args.num_generations)]
     rows = rows[: completions_a_step(args) // processes()]
@@ -1133,7 +1126,7 @@ def try_rewards(run: Run) -> None:
         "trainer_state": transformers.TrainerState(max_steps=args.max_steps, num_train_epochs=1),
         "log_extra": lambda *_: None, "log_metric": lambda *_: None}
     for func in run.rewards:
-        if not inspect.iscoroutinefunction(func):
+        if not inspect.iscoroutinefunction(func):  # those wait for TRL's event loop
             func(**given)
 
 
@@ -1377,8 +1370,8 @@ def grade(row: dict, completions: list[Completion], fmt: str) -> dict:
 
 
 # ---- Watching and saving -------------------------------------------------------------------------
-# metric: (lowest, highest, from which step, what to do). The ranges are axolotl's for GRPO, but for
-# the second and the fourth, which come from runs of this suite (RESULTS.md).
+# metric: (lowest, highest, from which step, what to do); as axolotl's for GRPO, but for the second
+# and the fourth, from runs of this suite (RESULTS.md).
 HEALTHY = {
     "reward": (0.15, math.inf, 20, "read completions.html; try --warm-start, or easier questions"),
     # A run whose rate was four times too high had 5 of 8 from step 4 on.
@@ -1394,11 +1387,9 @@ HEALTHY = {
 
 
 class Watch:
-    """Shows progress, writes metrics.jsonl, raises alarms, and guards the weights (a callback).
-
-    A gradient that is not finite is thrown away and ends the run, so the weights stay those of the
-    last good step. The first Ctrl-C ends after the step under way, saved; the second at once.
-    """
+    """A callback that shows progress, writes metrics.jsonl, and raises alarms. A gradient that is
+    not finite is thrown away and ends the run: the weights stay those of the last good step. The
+    first Ctrl-C ends after the step under way, saved; the second at once."""
 
     def __init__(self, run_dir: Path, completions_a_step: int):  # 0: supervised steps
         self.run_dir, self.a_step = run_dir, completions_a_step
@@ -1460,9 +1451,8 @@ class Watch:
 
 
 def left_ranges(log: list[dict], groups: int) -> list[tuple[str, str]]:
-    """(metric, one line with the remedy) for each whose median of the last steps left its range: of
-    three, and of so many that 24 groups are in it, since one group agrees by chance."""
-    found, wanted = [], max(3, math.ceil(24 / groups))
+    """(metric, a line with the remedy) for each whose median over the last steps left its range."""
+    found, wanted = [], max(3, math.ceil(24 / groups))  # one group agrees by chance
     for metric, (low, high, start, remedy) in HEALTHY.items():
         values = [row[metric] for row in log[-wanted:] if row["step"] >= start
                   and isinstance(row.get(metric), (int, float))]
