@@ -722,21 +722,6 @@ class Base(NamedTuple):
     run: dict  # args.json of the run that made it; {} where there is none
 
 
-class Run(NamedTuple):  # what all its phases share
-    args: argparse.Namespace
-    base: Base
-    tokenizer: object
-    dir: Path
-    limit: int  # tokens a completion
-    record: dict  # args.json
-    train: list[dict]
-    validation: list[dict]
-    test: list[dict]
-    solved: list[dict]  # those of `train` that the warm start learns; [] where there is none
-    rewards: list
-    begun: float  # seconds since the epoch
-
-
 def find_base(model: str | None, adapter: str | None, named: bool) -> Base:
     """An adapter on its base, or a model alone; only one not `named` by the user is replaced."""
     if adapter is None:
@@ -1113,7 +1098,7 @@ def checked(func, label: str, fmt: str, rows: list[dict], columns, tables: bool)
     return later if any(map(inspect.iscoroutinefunction, (func, type(func).__call__))) else reward
 
 
-def try_rewards(run: Run) -> None:
+def try_rewards(run) -> None:
     """Call each reward once as a step does, on worked solutions: a faulty one is named now."""
     args = run.args
     rows = [row for row in run.train for _ in range(args.num_generations)]
@@ -1242,7 +1227,7 @@ def step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.partition("-")[2]) if checkpoint else 0
 
 
-def warm_start(run: Run, model, config, saved: Path) -> None:
+def warm_start(run, model, config, saved: Path) -> None:
     """Supervised steps on worked solutions in the recipe's format, saved."""
     args, place = run.args, run.dir / "warm_start"
     model = model or load_policy(args, run.base, run.base.adapter)
@@ -1336,7 +1321,7 @@ def give_memory_back(model) -> None:
             delattr(module, name)
 
 
-def measure(run: Run, model, saved: Path | None, stage: str) -> None:
+def measure(run, model, saved: Path | None, stage: str) -> None:
     """Answer and grade the held-out questions with what was saved, once: evaluation_STAGE.jsonl."""
     args, rows, path = run.args, run.test, run.dir / f"evaluation_{stage}.jsonl"
     done = [row["question"] for row in read_jsonl(path)]
@@ -1376,11 +1361,9 @@ HEALTHY = {
     "reward": (0.15, math.inf, 20, "read completions.html; try --warm-start, or easier questions"),
     # A run whose rate was four times too high had 5 of 8 from step 4 on.
     "frac_reward_zero_std": (0, 0.5, 1, "groups agree and teach nothing: --warm-start 12 where all "
-                             "earn 0, harder questions where all are right, else it falls apart: "
-                             "lower --learning-rate"),
+                             "earn 0, harder questions if all are right, or lower --learning-rate"),
     "completions/clipped_ratio": (0, 0.3, 5, "raise --max-completion-length"),
-    # No lower bound: it falls to 0.03 in runs that get better.
-    "entropy": (0, 0.5, 5, "it rambles: raise --warm-start"),
+    "entropy": (0, 0.5, 5, "it rambles: raise --warm-start"),  # 0.03 in runs that get better
     "kl": (0, 0.5, 1, "it drifts from the base: lower --learning-rate or raise --beta"),
     "grad_norm": (0.001, 1.0, 5, "low: no signal, see the rewards; high: lower --learning-rate"),
 }
@@ -1512,7 +1495,7 @@ def run_record(args, base: Base, shots, limit: int, source: str) -> dict:
         "options": options, "versions": {"python": sys.version.split()[0]} | versions}
 
 
-def save(run: Run, model, directory: Path, kept: Path | None = None, **more) -> None:
+def save(run, model, directory: Path, kept: Path | None = None, **more) -> None:
     """The adapter (or whole model, or a `kept` one), tokenizer and args.json, or nothing."""
     part = directory.with_name(f".{directory.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -1585,9 +1568,13 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
         stop(f"--max-prompt-length {args.max_prompt_length} + --max-completion-length {limit} "
              f"exceed the model's context of {context} tokens")
     shots, train, validation, test = prepare_rows(args, tokenizer, base, train, test)
-    solved = [row for row in train if row["solution"]][: args.warm_start * WARM_START_BATCH]
-    run = Run(args, base, tokenizer, run_dir, limit, run_record(args, base, shots, limit, source),
-              train, validation, test, solved, load_rewards(args, given, train + validation), begun)
+    solved = [row for row in train if row["solution"]]
+    run = argparse.Namespace(  # what all phases share
+        args=args, base=base, tokenizer=tokenizer, dir=run_dir, begun=begun, limit=limit,
+        train=train, validation=validation, test=test,
+        record=run_record(args, base, shots, limit, source),
+        solved=solved[: args.warm_start * WARM_START_BATCH],  # for the warm start
+        rewards=load_rewards(args, given, train + validation))
     try:
         try_rewards(run)
         config = grpo_config(args, run_dir, limit, bool(validation), tokenizer.eos_token_id)
@@ -1609,7 +1596,7 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
         raise
 
 
-def run_phases(run: Run, config):
+def run_phases(run, config):
     """Each phase begins with what the one before has saved; what is there is not done again."""
     args, base, warm, model = run.args, run.base, run.dir / "warm_start_lora", None
     saved = run.dir / ("final_model" if args.full_finetune else "grpo_saved_lora")
@@ -1653,7 +1640,7 @@ def run_phases(run: Run, config):
     return (trainer.model, run.tokenizer, trainer) if trainer else None
 
 
-def grpo_phase(run: Run, model, start: Path | None, saved: Path, config):
+def grpo_phase(run, model, start: Path | None, saved: Path, config):
     """GRPO from what `start` holds, saved. Returns (trainer or None, whether Ctrl-C ended it)."""
     args, done, trainer, interrupted = run.args, newest(run.dir), None, False
     if step_of(done) >= args.max_steps:  # killed after its last step: what that left is saved now
@@ -1689,7 +1676,7 @@ def grpo_phase(run: Run, model, start: Path | None, saved: Path, config):
     return trainer, interrupted
 
 
-def show_plan(run: Run, parameters: int, source: str, why: str) -> None:
+def show_plan(run, parameters: int, source: str, why: str) -> None:
     args, n, base = run.args, run.args.num_generations, run.base
     device, share = f"CPU, {torch.get_num_threads()} threads", ""
     if gpu():
