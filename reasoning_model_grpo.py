@@ -813,7 +813,7 @@ def load_tokenizer(base: Base, template: str = "own"):
     """The tokenizer saved with the adapter, else the base's; it ends where a turn ends."""
     own = base.adapter and (base.adapter / "tokenizer_config.json").is_file()
     path = str(base.adapter if own else base.path)
-    with one_line(f"{path} is no chat model that can be loaded"):
+    with one_line(f"the model {base.name}, with the tokenizer of {path}, can't be loaded"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             path, padding_side="left", trust_remote_code=False)  # else it asks
         config = transformers.AutoConfig.from_pretrained(base.path, trust_remote_code=False)
@@ -821,7 +821,7 @@ def load_tokenizer(base: Base, template: str = "own"):
         tokenizer.chat_template = PLAIN_TEMPLATE
     # TRL knows one end token, and some models end a turn with another one than their tokenizer's.
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "the reply"}]
-    with one_line(f"the model {path} has no chat template that works: --chat-template plain"):
+    with one_line(f"the model {path} has no chat template that works; --chat-template plain does"):
         text = tokenizer.apply_chat_template(turn, tokenize=False)
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     tail = tokenizer.tokenize(text.rpartition("the reply")[2])
