@@ -1013,12 +1013,14 @@ def load_rewards(args, given: list, rows: list[dict]) -> list:
         print(f"rewards get what TRL gives as {', '.join(taken)}, not the columns of that name")
     rewards, names = [], []
     for i, label in enumerate(args.reward_funcs):
-        func, label = given[i] if given else find_reward(label), label.removesuffix(FROM_PYTHON)
+        func = given[i] if given else find_reward(label)
+        label = label.removesuffix(FROM_PYTHON)
         ours = func in REWARD_FUNCS.values()  # which need no column, and mind none named "fmt"
         reward = checked(func, label, args.format, rows, () if ours else columns, tables=i == 0)
-        names.append(label.rpartition(":")[2])
-        same = names.count(names[-1])  # TRL and the samples tell rewards by their names
-        reward.__name__ = names[-1] + f"_{same}" * (same > 1)
+        name = label.rpartition(":")[2]
+        names.append(name)
+        same = names.count(name)  # TRL and the samples tell rewards by their names
+        reward.__name__ = name if same == 1 else f"{name}_{same}"
         rewards.append(reward)
     return rewards
 
@@ -1075,7 +1077,7 @@ def checked(func, label: str, fmt: str, rows: list[dict], columns, tables: bool)
         for value, completion in zip(values, completions):  # TRL leaves None out
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{value} for the completion {completion_text(completion)[:60]!r}")
-        for name in ("question", "answer") if tables else ():  # TRL's, of completions
+        for name in ("question", "answer") if tables else ():  # columns of TRL's files
             log_extra(name, [rows[i][name] for i in row])
         return values
 
