@@ -82,7 +82,7 @@ def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0
     config, lora, kind = script.grpo_config(options, Path(work.name), length), None, GRPOTrainer
     if way == SUITE:
         model = script.load_policy(options, base, None)
-        kind = kind if script.gpu() else laptop.without_agreeing(kind)
+        kind = kind if script.gpu() else laptop.cpu_trainer(kind)
     else:
         attention = "sdpa" if script.gpu() else "eager"  # which decodes faster
         flags = {"gradient_checkpointing": False, "bf16": options.dtype == "bfloat16",

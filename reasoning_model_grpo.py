@@ -293,11 +293,12 @@ def ask_the_machine(args) -> None:
     args.backend, args.vllm, args.why = choose_backend(
         args.backend, vllm, capable, packages, lora=lora, alone=alone)
     packed = args.load_in_4bit and args.backend == "transformers" and args.vllm != "off"
-    if vllm == "auto" and (packed or only_exports(args)):
-        args.vllm = "off"
-        args.why += ", but off for 4-bit weights, which TRL can't send it"
-    elif packed:
+    if packed and vllm != "auto":
         stop(f"--vllm {vllm} can't follow 4-bit weights: --no-load-in-4bit, or --vllm off")
+    if packed:
+        args.why += ", but off for 4-bit weights, which TRL can't send it"
+    if packed or vllm == "auto" and only_exports(args):  # exporting asks no engine
+        args.vllm = "off"
     args.dtype = choose_dtype(dtype, args.backend)
     if dtype not in ("auto", args.dtype):
         stop(f"--dtype {dtype}: this GPU does not compute in it; leave it out for {args.dtype}")
@@ -1652,7 +1653,7 @@ def grpo_phase(run, model, start: Path | None, saved: Path, config):
         policy = model or load_policy(args, run.base, start)
         kind = trl.GRPOTrainer
         if args.backend == "transformers" and not gpu() and laptop():
-            kind = laptop().without_agreeing(kind)
+            kind = laptop().cpu_trainer(kind)
         parts = [[{"prompt": row["prompt"], "row": row["row"]} for row in rows]
                  for rows in (run.train, run.validation)]
         train, validation = map(datasets.Dataset.from_list, parts)

@@ -121,8 +121,7 @@ class Run:
                     self.stages[stage], summaries[stage] = rows, summarise(rows)
         if not self.steps and not self.stages:
             stop(f"{directory} holds no metrics.jsonl or evaluation*.jsonl: name a run's directory")
-        self.figures = {"name": self.name, "steps": len(self.steps), "stages": summaries,
-                        "changes": verdicts(self.stages)}
+        self.figures = {"stages": summaries, "changes": verdicts(self.stages)}
 
 
 # ---- Tables, pictures and the page ---------------------------------------------------------------
@@ -267,8 +266,8 @@ def main(argv: list[str] | None = None) -> None:
         last = {f"{run.name}, {stage}": run.stages[stage]
                 for run in runs for stage in list(run.stages)[-1:]}
         if args.json:
-            found = {"runs": [run.figures for run in runs], "comparisons": verdicts(last)}
-            print(json.dumps(found, indent=2))
+            found = [{"name": run.name, "steps": len(run.steps)} | run.figures for run in runs]
+            print(json.dumps({"runs": found, "comparisons": verdicts(last)}, indent=2))
         elif len(runs) == 1:
             show_run(runs[0])
         else:
