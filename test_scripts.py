@@ -1054,7 +1054,7 @@ def count_tokens(model, monkeypatch) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_update_reads_a_groups_prompt_once_and_learns_the_same(dtype, tiny_model, monkeypatch):
-    """TRL's log-probabilities, entropies and gradients; in bfloat16 about as far from exact ones."""
+    """TRL's log-probabilities, entropies and gradients; in bfloat16 about as near exact ones."""
     import torch
     from trl import GRPOTrainer
 
