@@ -174,7 +174,8 @@ def draw(runs: list[Run], path: Path) -> None:
             axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
         draw_bars(below, runs)
         for axes in picture.axes:
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
+            columns = 4 if len(runs) == 1 else 1  # names of runs are long
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=columns)
         picture.savefig(path, dpi=100)
     if "ipykernel" in sys.modules:
         from IPython.display import Image, display
