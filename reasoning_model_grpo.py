@@ -37,7 +37,7 @@ from datetime import timedelta
 from decimal import Decimal
 from functools import cache, partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 from rewards import (
@@ -1173,9 +1173,10 @@ def grpo_config(args, output_dir: Path, limit: int, validate=False, end=None):
 
 def set_fields(pairs: list[str], known: dict, options: dict) -> dict:
     """--set's NAME=VALUE as fields of GRPOConfig; stops at what would have no effect."""
-    options |= {"num_train_epochs": "max_steps", "do_train": "max_steps", "do_eval": "eval_steps",
-                "resume_from_checkpoint": "resume", "save_strategy": "save_steps",
-                "steps_per_generation": "gradient_accumulation_steps"}
+    options = options | {
+        "num_train_epochs": "max_steps", "do_train": "max_steps", "do_eval": "eval_steps",
+        "resume_from_checkpoint": "resume", "save_strategy": "save_steps",
+        "steps_per_generation": "gradient_accumulation_steps"}
     fields = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -1572,7 +1573,7 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
              f"exceed the model's context of {context} tokens")
     shots, train, validation, test = prepare_rows(args, tokenizer, base, train, test)
     solved = [row for row in train if row["solution"]]
-    run = argparse.Namespace(  # what all phases share
+    run = SimpleNamespace(  # what all phases share
         args=args, base=base, tokenizer=tokenizer, dir=run_dir, begun=begun, limit=limit,
         train=train, validation=validation, test=test,
         record=run_record(args, base, shots, limit, source),
@@ -1729,8 +1730,7 @@ def go_on(run_dir: Path) -> str:
 
 
 if __name__ == "__main__":
-    if "IPython" not in sys.modules:
-        end_at_ctrl_c(True)  # while it loads; later main says how to go on
+    end_at_ctrl_c(True)  # while it loads; later main says how to go on
     try:
         main()
     except BrokenPipeError:  # `| head` has enough

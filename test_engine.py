@@ -15,9 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from test_scripts import (  # noqa: F401  (fixtures)
-    HERE, environments, furnish, lines, made, read_rows, tiny_model,
-)
+from conftest import HERE, furnish, lines, made, read_rows
 
 sys.path.insert(0, str(HERE / ".ci"))
 import engine_checks  # noqa: E402
@@ -47,12 +45,12 @@ def peak(completions, trainer_state=None, **kwargs):
 
 
 @pytest.fixture(scope="session")
-def engine_python(environments, tmp_path_factory) -> str:  # noqa: F811
+def engine_python(environments, tmp_path_factory) -> str:
     return made(tmp_path_factory, "engine_python")
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen(tiny_model, tmp_path_factory) -> Path:  # noqa: F811
+def tiny_qwen(tiny_model, tmp_path_factory) -> Path:
     """A random Qwen2 of two layers, in bfloat16, whose ends are those of Qwen2.5-Instruct: one ends
     a turn, the other is also what pads. Heads of 32, as vLLM's CPU kernels take no smaller ones."""
     import torch

@@ -1,5 +1,4 @@
 """What goes wrong, as its user meets it: one line, exit code 2, nothing lost or half written."""
-# ruff: noqa: F811  (fixtures are imported, and named as arguments)
 
 import gzip
 import io
@@ -24,9 +23,9 @@ import pytest
 
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read once, as datasets is imported
 
-from test_scripts import (  # noqa: F401  (first of ours: it keeps every test off the Hub)
+from conftest import (
     CHEAP, HERE, RUN, SAVED, arguments, command, furnish, lines, read_rows, same_weights, stopped,
-    tiny_model, turn, weights, workplace,
+    turn, weights,
 )
 from test_field import make_adapter
 import infer
@@ -526,7 +525,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_adapter_of_an_unbroken_one(
         assert code == 0 and result(run) == whole, (run, said[-3000:])
 
 
-@pytest.mark.parametrize("script", ["reasoning_model_grpo.py", "infer.py"])
+@pytest.mark.parametrize("script", ["reasoning_model_grpo.py", "infer.py", "benchmark.py"])
 def test_ctrl_c_while_it_loads_ends_without_a_traceback(script, workplace, tiny_model):
     """torch's start swallows the interrupt and is broken then; this one does so for certain."""
     (workplace / "torch.py").write_text(
@@ -534,7 +533,8 @@ def test_ctrl_c_while_it_loads_ends_without_a_traceback(script, workplace, tiny_
         "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(1)\n"
         "except BaseException:\n    pass\n"
         "raise RecursionError\n")
-    argv = ["12 - 5?", "--model", tiny_model] if script == "infer.py" else arguments(tiny_model)
+    argv = {"infer.py": ["12 - 5?", "--model", tiny_model], "benchmark.py": []}.get(
+        script, arguments(tiny_model))
     run = subprocess.run([sys.executable, HERE / script, *argv], capture_output=True, text=True,
                          env=os.environ | {"PYTHONPATH": str(workplace)}, timeout=60)
     assert run.returncode in (130, -signal.SIGINT) and "Traceback" not in run.stderr, run.stderr

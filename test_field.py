@@ -1,5 +1,4 @@
 """What people bring, by kinds: `pytest test_field.py`, and `pytest -m slow test_field.py`."""
-# ruff: noqa: F811  (fixtures are imported, and named as arguments)
 
 import io
 import json
@@ -16,10 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from test_scripts import (  # noqa: F401  (first of ours: it keeps every test off the Hub)
-    CHEAP, HERE, arguments, command, lines, load, read_rows, stopped, tiny_model, turn,
-    workplace,
-)
+from conftest import CHEAP, HERE, arguments, command, lines, load, read_rows, stopped, turn
 import benchmark
 import infer
 import reasoning_model_grpo as script

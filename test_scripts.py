@@ -22,9 +22,9 @@ from unittest.mock import MagicMock
 import pytest
 
 from conftest import (  # first of ours: it keeps every test off the Hub
-    CHATML, CHEAP, HERE, RUN, RUN_OPTIONS, SAVED, arguments, command, copied, environments,
-    error_of, furnish, lines, load, made, pictures, pins, read_rows, run_book, said_by,
-    same_weights, stopped, strong, tiny_model, trained, turn, weights, workplace, xml,
+    CHATML, CHEAP, HERE, RUN, RUN_OPTIONS, SAVED, arguments, command, error_of, furnish, lines,
+    load, pictures, pins, read_rows, run_book, said_by, same_weights, stopped, strong,
+    turn, weights, xml,
 )
 import benchmark
 import infer
@@ -32,8 +32,6 @@ import laptop
 import reasoning_model_grpo as script
 import report
 from rewards import FORMATS
-
-__all__ = ["copied", "environments", "made", "tiny_model", "trained", "workplace"]  # for the others
 
 
 # ---- Pasted into a notebook, in a directory that holds rewards.py alone --------------------------
