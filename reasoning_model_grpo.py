@@ -97,8 +97,8 @@ RECIPES = {
         # Untrained it writes no tag, and every reward is 0. After fewer supervised steps it pays to
         # stop after one calculation, after more GRPO has little to add. Scaled, groups that differ
         # in format alone would count as much. At 5e-4 it learnt to answer without reasoning.
-        "warm_start": 14, "learning_rate": 1e-4, "scale_rewards": "none", "batch_size": 16,
-        "gradient_accumulation_steps": 2, "num_generations": 8, "max_steps": 40,
+        "warm_start": 14, "learning_rate": 1e-4, "scale_rewards": "none", "batch_size": 32,
+        "num_generations": 8, "max_steps": 40,
         "max_prompt_length": 300, "eval_questions": 384,
         "dataset": "generated",  # GSM8K is beyond it: 3 % right after two hours (RESULTS.md)
         "reward_funcs": ["correctness_reward_func", "strict_format_reward_func",
