@@ -5,9 +5,9 @@
 
 A step: TRL's GRPOTrainer with its defaults, with its best flags, and this suite's, in turn, each in
 a process of its own; same model, rows, rewards, adapter and seed, every completion of full length,
-different and in the update. Medians; a process's first step is not counted, its last has a busy
-process beside it; the update is all but the generation. First answer: seconds from command to end,
-median of three after one not counted; the pipeline takes questions one by one.
+different and in the update. Medians; a process's first step is not counted, its last two have one
+and two busy processes beside them; the update is all but the generation. First answer: seconds from
+command to end, median of three after one not counted; the pipeline takes questions one by one.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from rewards import (
 
 laptop = script.Lazy("laptop")  # it imports torch, and --help comes at once
 WAYS = DEFAULTS, BEST, SUITE = "TRL, defaults", "TRL, best flags", "this suite"
-PIPELINE, BESIDE = "pipeline", "beside a busy process"
+PIPELINE, BESIDE = "pipeline", ("beside a busy process", "beside two")
 BARE = "import torch, transformers as t; t.AutoModelForCausalLM.from_pretrained({!r}, dtype='auto')"
 SAME = ("output_dir", "use_cpu", "per_device_train_batch_size", "gradient_accumulation_steps",
         "num_generations", "max_completion_length", "generation_kwargs", "max_steps", "seed",
@@ -60,7 +60,7 @@ def count_up(completions, **_) -> list[float]:
 
 
 def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0) -> list[dict]:
-    """A row for each step of four groups but the first; the last one beside a busy process."""
+    """A row for each step of four groups but the first; one more beside one and two processes."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -71,7 +71,7 @@ def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0
         "--recipe", "smollm2-135m", "--model", path, "--backend", "transformers", "--vllm", "off",
         "--batch-size", str(batch), "--gradient-accumulation-steps", str(more), "--num-generations",
         str(group), "--max-prompt-length", "1000", "--eval-steps", "0", "--lora-targets",
-        "all-linear", "--max-steps", f"{args.steps + 2}", "--dtype", args.dtype,
+        "all-linear", "--max-steps", f"{args.steps + 3}", "--dtype", args.dtype,
         "--set", f'generation_kwargs={{"min_new_tokens": {length}}}'])
     base = script.find_base(path, None, True)
     context, tokenizer = script.check_model(options, base)[1], script.load_tokenizer(base)
@@ -105,7 +105,7 @@ def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0
     def mark(*_, **__) -> None:
         if script.gpu():
             torch.cuda.synchronize()
-        if len(marks) == 4 * (args.steps + 1):
+        if len(marks) in (4 * (args.steps + 1), 4 * (args.steps + 2)):
             busy.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
         marks.append(time.perf_counter())
 
@@ -132,13 +132,14 @@ def train(way: str, length: int, args, path: str, group: int = 8, shots: int = 0
     counted = [marks[i : i + 4] for i in range(4, len(marks), 4)]  # the first step is not
     steps = [same | {"step": end - begun, "generation": done - asked,
                      "update": end - done + asked - begun} for begun, asked, done, end in counted]
-    return [*steps[:-1], same | {BESIDE: steps[-1]["step"]}]
+    beside = [step["step"] for step in steps[-2:]]
+    return [*steps[:-2], same | dict(zip(BESIDE, beside))]
 
 
 def summarise(steps: list[dict]) -> list[dict]:
     """A row for each length and way: medians, and how many times this suite's seconds."""
     import pandas
-    how = dict.fromkeys(("step", "generation", "update", BESIDE), "median")
+    how = dict.fromkeys(("step", "generation", "update", *BESIDE), "median")
     table = pandas.DataFrame(steps).groupby(["length", ""], sort=False).agg(
         how | {"tokens": "first", "peak GB": "max"})
     table["tokens/s"] = table.pop("tokens") / table["step"]
