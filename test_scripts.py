@@ -1050,6 +1050,18 @@ def count_tokens(model, monkeypatch) -> list[tuple[int, ...]]:
     return read
 
 
+@pytest.mark.parametrize("family, more, attention", [
+    ("llama", {}, "grouped"), ("qwen2", {}, "grouped"), ("gemma3_text", {}, "eager"),
+    ("mistral", {"sliding_window": None}, "grouped"), ("mistral", {"sliding_window": 64}, "eager"),
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "eager")])
+def test_models_whose_layers_look_back_only_so_far_keep_transformers_ways(
+        family, more, attention, tmp_path):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(family, **more).save_pretrained(tmp_path)
+    assert laptop.choose_attention(str(tmp_path)) == attention
+
+
 def beginnings(ids, mask) -> int:
     """How many different beginnings rows of tokens have, padding left out."""
     rows = [tuple(row[real.bool()].tolist()) for row, real in zip(ids, mask)]
