@@ -449,7 +449,8 @@ def merged(model):
     plain = [layer for layer in layers if type(layer) is Linear
              and type(layer.get_base_layer()) is torch.nn.Linear
              and not (layer.lora_variant or any(layer.lora_bias.values()))
-             and not (layer.disable_adapters or layer.merged or len(layer.active_adapters) > 1)]
+             and not (layer.disable_adapters or layer.merged)
+             and len(layer.active_adapters) == 1 and layer.active_adapters[0] in layer.lora_A]
     try:
         for layer in plain:
             (name,), base = layer.active_adapters, layer.get_base_layer()
