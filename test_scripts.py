@@ -1075,13 +1075,13 @@ def test_a_tree_reads_each_beginning_once_and_every_token_as_ever(seed, tmp_path
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(
+    AutoConfig.for_model(
         ("llama", "mistral", "qwen2", "qwen3")[seed // 3], vocab_size=64, hidden_size=32,
         intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, sliding_window=None)
-    config.save_pretrained(tmp_path)
-    fast, plain = (AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-                   for attention in (laptop.choose_attention(str(tmp_path)), "eager"))
+        head_dim=8, sliding_window=None).save_pretrained(tmp_path)
+    fast, plain = (AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(tmp_path), attn_implementation=attention)
+        for attention in (laptop.choose_attention(str(tmp_path)), "eager"))
     fast.load_state_dict(plain.state_dict())
     random = torch.Generator().manual_seed(seed)
     n, length = torch.randint(1, 14, (2,), generator=random).tolist()
