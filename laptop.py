@@ -276,25 +276,26 @@ def read_tree(model, ids, mask, **how):
     """
     order = mask.argsort(dim=1, descending=True, stable=True)  # real tokens first
     rows, back = ids.masked_fill(mask == 0, -1).gather(1, order).unique(dim=0, return_inverse=True)
-    # In sorted rows what one shares with any before, it shares with the last.
     new, column = rows >= 0, torch.arange(rows.shape[1])
+    depth = new.sum(1)
+    # In sorted rows what one shares with any before, it shares with the last.
     new[1:] &= (rows[1:] != rows[:-1]).cumsum(1) > 0
-    count, depth = new.sum(1), (rows >= 0).sum(1)
+    count, nodes = new.sum(1), int(new.sum())
     begin = depth - count  # its own nodes are a row's last ones; in which column they begin,
     long = 2 * count > count.max()  # in which block (else few long rows would pad all others),
     turn = long.argsort(descending=True, stable=True)
     start = torch.zeros_like(count)  # and where in the tree
     start[turn] = count[turn].cumsum(0) - count[turn]
     owner = (torch.arange(len(rows))[:, None] * new).cummax(0).values
-    node = ((start - begin)[owner] + column).clamp(max=int(count.sum()) - 1)
-    tokens, position = rows.new_empty(2, int(count.sum()))
+    node = ((start - begin)[owner] + column).clamp(max=nodes - 1)
+    tokens, position = rows.new_empty(2, nodes)
     tokens[node[new]], position[node[new]] = rows[new], column.expand_as(rows)[new]
     blocks, least = [], torch.finfo(model.dtype).min
     for block in (long, ~long & (count > 0)):
         if block.any():
             step = column[: count[block].max()]
             real = (step < count[block, None]).flatten().nonzero()[:, 0]
-            own = (start[block, None] + step).clamp(max=len(tokens) - 1)
+            own = (start[block, None] + step).clamp(max=nodes - 1)
             path = node[block, : depth[block].max()]
             later = column[: path.shape[1]] > (begin[block, None] + step)[..., None]
             bias = torch.zeros(later.shape, dtype=model.dtype).masked_fill(later, least)
@@ -509,9 +510,10 @@ def cpu_trainer(kind):
             written = mask[:, -length:] > 0
             with self.accelerator.autocast():
                 tokens, hidden, node = read_tree(base, ids, mask, use_cache=False)
+                of_token = node[:, -length:][written]
                 before = torch.zeros_like(tokens)  # of each node, the one it follows
-                before[node[:, -length:][written]] = node[:, -length - 1 : -1][written]
-                nodes, which = node[:, -length:][written].unique(return_inverse=True)
+                before[of_token] = node[:, -length - 1 : -1][written]
+                nodes, which = of_token.unique(return_inverse=True)
                 found = TokenLogps.apply(
                     hidden[before[nodes]], head.weight, tokens[nodes], self.temperature)
             logps, entropies = (
