@@ -28,7 +28,7 @@ from pathlib import Path
 import infer
 import reasoning_model_grpo as script
 from rewards import (
-    OneLineParser, end_at_ctrl_c, existing_path, file_path, number, share_processors, stop,
+    OneLineParser, end_at_ctrl_c, existing_path, file_path, number, stop,
 )
 
 laptop = script.Lazy("laptop")  # it imports torch, and --help comes at once
@@ -44,14 +44,8 @@ def in_child(what: str, function, *given):
     """The function's result from a fresh process, whose peak memory is its own."""
     print(f"measuring {what}", file=sys.stderr, flush=True)
     with script.one_line(what), ProcessPoolExecutor(
-            1, get_context("spawn"), prepare, given[:1]) as pool:
+            1, get_context("spawn"), script.quiet_libraries) as pool:
         return pool.submit(function, *given).result()
-
-
-def prepare(way: str) -> None:
-    if way not in (DEFAULTS, BEST, PIPELINE):
-        share_processors()
-    script.quiet_libraries()
 
 
 def count_up(completions, **_) -> list[float]:

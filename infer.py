@@ -24,7 +24,7 @@ from rewards import (
     FORMATS, OneLineParser, adapter_naming, after_thinking, answer_block, build_prompt,
     choose_backend, complete_with_vllm, end_at_ctrl_c, existing_path, file_path, fold_system,
     hide_loading_bars, in_a_cell, max_lora_rank, number, printable, quiet, refuses_system,
-    render_prompts, share_processors, stop, take_any_terminal, vote,
+    render_prompts, stop, take_any_terminal, vote,
 )
 
 CHUNK = 64  # questions answered before they are shown and written
@@ -504,7 +504,6 @@ def held_out_rows(script, args, options, base, tokenizer) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     take_any_terminal()
-    share_processors()
     args = parse_options(argv)
     if args.evaluate:
         return evaluate(args)

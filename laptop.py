@@ -15,11 +15,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -212,6 +213,48 @@ def keep_freed_memory() -> None:
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # mmap_max, trim, top_pad
             libc.mallopt(option, value)
         libc.malloc_trim(0)  # its free pages, which the next phase would not fit into all
+
+
+def seconds_waited() -> float:
+    """How long this process's threads were ready to run and had to wait for a processor (Linux)."""
+    total = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError):  # it has ended
+            total += int(file.read_text().split()[1])
+    return total / 1e9
+
+
+@cache
+def share_processors() -> None:
+    """Have torch's threads sleep while they wait for each other, as long as others keep them from
+    the processors: one that spins keeps them from the thread it waits for, and a step took ten
+    times as long. Alone they spin, as waking them costs a tenth of a step.
+
+    libgomp, in PyTorch's wheels for Linux, has them sleep by itself while it has more threads than
+    there are processors (its manual, GOMP_SPINCOUNT): so a thread of our own takes as many.
+    """
+    def crowd(until) -> None:
+        usual = torch.get_num_threads()
+        torch.set_num_threads(os.cpu_count())
+        torch.ones(2**20).sum()
+        torch.set_num_threads(usual)  # what threads to come begin with
+        until.wait()
+
+    def watch() -> None:
+        before, until = seconds_waited(), None
+        while True:
+            time.sleep(0.5)
+            now = seconds_waited()
+            beside_others, before = now - before > 0.05, now
+            if beside_others and not until:
+                until = threading.Event()
+                threading.Thread(target=crowd, args=[until], daemon=True).start()
+            elif until and not beside_others:
+                until.set()
+                until = None
+
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):  # else it's the user's to say
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def choose_attention(path: str) -> str:
@@ -420,6 +463,7 @@ class TokenLogps(torch.autograd.Function):
 def speed_up(model):
     """The model, just loaded; what it learns and the distribution of what it writes stay."""
     keep_freed_memory()
+    share_processors()
     # The hidden states cut to the completion are no contiguous block, and for such the CPU copies
     # the vocabulary matrix once a sequence: a third of a training step.
     model.get_output_embeddings().register_forward_pre_hook(
@@ -439,10 +483,32 @@ def speed_up(model):
     return model
 
 
+def packed_linear(weight, bias):
+    """functional.linear without gradients, its weight (out, in) laid out once as oneDNN multiplies
+    with it, which it else does at every product: with few rows that is half of the time."""
+    half = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not (torch.backends.mkldnn.is_available() and (half or weight.dtype == torch.float32)):
+        return partial(functional.linear, weight=weight, bias=bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    return partial(torch.ops.mkldnn._linear_pointwise, W=packed, B=bias, attr="none", scalars=[],
+                   algorithm="")
+
+
+def pack(model):
+    """The model with the weights of its linear layers packed, so for answers alone."""
+    for layer in model.modules():
+        if type(layer) is torch.nn.Linear:
+            layer.forward = packed_linear(layer.weight, layer.bias)
+            # The other layout goes; embeddings that share it keep it.
+            layer.weight = torch.nn.Parameter(
+                layer.forward.keywords.get("W", layer.weight), requires_grad=False)
+    return model
+
+
 @contextmanager
 def merged(model):
-    """Within, the plain LoRA layers of a PEFT model that are on work with weights that hold their
-    adapter (yields whether all do); the model's own stay."""
+    """Within, a PEFT model's plain LoRA layers that are on work with weights that hold their
+    adapter (yields whether all do), and all linear layers packed; the model's own weights stay."""
     from peft.tuners.lora.layer import Linear
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -452,16 +518,20 @@ def merged(model):
              and not (layer.lora_variant or any(layer.lora_bias.values()))
              and not (layer.disable_adapters or layer.merged)
              and len(layer.active_adapters) == 1 and layer.active_adapters[0] in layer.lora_A]
+    parts = {part for layer in layers for part in layer.modules()}
+    alone = [layer for layer in model.modules()
+             if type(layer) is torch.nn.Linear and layer not in parts]
     try:
         for layer in plain:
             (name,), base = layer.active_adapters, layer.get_base_layer()
             a, b = (part[name].weight.detach() for part in (layer.lora_A, layer.lora_B))
             whole = torch.addmm(base.weight.to(b.dtype), b, a, alpha=layer.scaling[name])
-            layer.forward = partial(
-                functional.linear, weight=whole.to(base.weight.dtype), bias=base.bias)
+            layer.forward = packed_linear(whole.to(base.weight.dtype), base.bias)
+        for layer in alone:
+            layer.forward = packed_linear(layer.weight, layer.bias)
         yield len(plain) == len(layers)
     finally:
-        for layer in plain:
+        for layer in plain + alone:
             vars(layer).pop("forward", None)
 
 

@@ -45,7 +45,7 @@ from rewards import (
     choose_backend, complete_with_vllm, completion_text, did_you_mean, end_at_ctrl_c, existing_path,
     extract_hash_answer, file_path, fold_system, format_fault, hide_loading_bars, in_a_cell,
     is_correct, max_lora_rank, message_text, number, parse_gold, printable, quiet, refuses_system,
-    render_prompts, share_processors, stop, take_any_terminal, vote,
+    render_prompts, stop, take_any_terminal, vote,
 )
 
 
@@ -912,11 +912,13 @@ def load_policy(args, base: Base, saved: Path | None):
 
 
 def load_saved(args, base: Base, saved: Path | None):
-    """The base with a saved adapter on it; on a CPU as one model, which writes faster."""
+    """The base with a saved adapter on it, to answer; on a CPU as one model, which is faster."""
     if args.full_finetune or not saved:
-        return load_base(args, str(saved or base.path))
-    model = put_adapter(load_base(args, base.path), saved)
-    return model if gpu() or args.load_in_4bit else merge(model)
+        model = load_base(args, str(saved or base.path))
+    else:
+        model = put_adapter(load_base(args, base.path), saved)
+        model = model if gpu() or args.load_in_4bit else merge(model)
+    return model if gpu() or laptop() is None else laptop().pack(model)
 
 
 def put_adapter(model, saved: Path, is_trainable: bool = False):
@@ -1550,7 +1552,6 @@ def main(argv: list[str] | None = None, *, reward_funcs=None, train=None, test=N
     of them. Returns (trained model, tokenizer, trainer), None where nothing was trained."""
     begun = time.time()
     take_any_terminal()
-    share_processors()
     given = reward_funcs or []
     given = list(given) if isinstance(given, (list, tuple)) else [given]
     labels = [getattr(func, "__name__", type(func).__name__) for func in given]

@@ -474,13 +474,6 @@ def max_lora_rank(path: str | Path, fresh: int = 16) -> int:
     return next((size for size in (8, 16, 32, 64, 128, 256, 320) if size >= rank), 512)
 
 
-def share_processors() -> None:
-    """Have torch's threads sleep while they wait for each other; to call before its import."""
-    # Beside a busy program a step took eight times as long. Other than libgomp, none takes notice.
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
-        os.environ["GOMP_SPINCOUNT"] = "1000"
-
-
 def quiet():
     """A context for banners: vLLM asks for a true file's number, and loggers keep it open."""
     return redirect_stdout(open(os.devnull, "w"))  # noqa: SIM115

@@ -1174,6 +1174,45 @@ def test_draws_have_the_given_probabilities(tiny_model):
         model.generate(ids[:2], attention_mask=mask[:2], max_new_tokens=1, do_sample=True)
 
 
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists() or os.cpu_count() < 2,
+                    reason="for Linux and more than one processor")
+def test_threads_that_wait_sleep_beside_other_work_and_spin_alone(monkeypatch):
+    import torch
+
+    numbers, waited, usual = torch.ones(2**17), [0.0], torch.get_num_threads()
+    monkeypatch.setattr(laptop, "seconds_waited", lambda: waited[-1])
+    laptop.share_processors()
+    torch.set_num_threads(2)
+
+    def processor_time(beside_others: bool) -> float:
+        begun = time.process_time()
+        for _ in range(40):
+            waited.append(waited[-1] + beside_others)
+            numbers.add_(1)
+            time.sleep(0.02)
+        return time.process_time() - begun
+
+    took = {}
+    for beside_others in (False, True, False):
+        processor_time(beside_others)  # until it is noticed
+        took[beside_others] = processor_time(beside_others)
+        assert took.get(True, 0) < took.get(False, 1) / 4
+    torch.set_num_threads(usual)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_packed_weights_multiply_as_ever(dtype):
+    import torch
+
+    torch.manual_seed(0)
+    for rows, size, out, bias in (((1,), 17, 30, 0), ((32,), 64, 8, 1), ((2, 5), 16, 48, 1)):
+        x, weight = torch.randn(*rows, size), torch.randn(out, size)
+        x, weight = (one.to(getattr(torch, dtype)) for one in (x, weight))
+        bias = weight[:, 0].clone() if bias else None
+        expected = torch.nn.functional.linear(x, weight, bias)
+        assert torch.allclose(laptop.packed_linear(weight, bias)(x), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rollouts_come_from_merged_weights_that_leave_no_trace(dtype, tiny_model):
     import torch
