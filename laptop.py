@@ -241,11 +241,11 @@ def share_processors() -> None:
         until.wait()
 
     def watch() -> None:
-        before, until = seconds_waited(), None
+        period, before, until = 0.2, seconds_waited(), None  # seconds
         while True:
-            time.sleep(0.5)
+            time.sleep(period)
             now = seconds_waited()
-            beside_others, before = now - before > 0.05, now
+            beside_others, before = now - before > period / 10, now
             if beside_others and not until:
                 until = threading.Event()
                 threading.Thread(target=crowd, args=[until], daemon=True).start()
@@ -486,8 +486,10 @@ def speed_up(model):
 def packed_linear(weight, bias):
     """functional.linear without gradients, its weight (out, in) laid out once as oneDNN multiplies
     with it, which it else does at every product: with few rows that is half of the time."""
-    half = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if not (torch.backends.mkldnn.is_available() and (half or weight.dtype == torch.float32)):
+    known = torch.backends.mkldnn.is_available() and (
+        weight.dtype == torch.float32
+        or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not known:
         return partial(functional.linear, weight=weight, bias=bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
     return partial(torch.ops.mkldnn._linear_pointwise, W=packed, B=bias, attr="none", scalars=[],
