@@ -27,9 +27,7 @@ from pathlib import Path
 
 import infer
 import reasoning_model_grpo as script
-from rewards import (
-    OneLineParser, end_at_ctrl_c, existing_path, file_path, number, stop,
-)
+from rewards import OneLineParser, end_at_ctrl_c, existing_path, file_path, number, stop
 
 laptop = script.Lazy("laptop")  # it imports torch, and --help comes at once
 WAYS = DEFAULTS, BEST, SUITE = "TRL, defaults", "TRL, best flags", "this suite"

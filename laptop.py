@@ -497,9 +497,11 @@ def packed_linear(weight, bias):
 
 
 def pack(model):
-    """The model with the weights of its linear layers packed, so for answers alone."""
+    """The model with the weights of its linear layers packed, so for answers alone. Where the
+    family is plain: others may read a layer's weight themselves, not as packed."""
+    plain = model.config._attn_implementation == "grouped"
     for layer in model.modules():
-        if type(layer) is torch.nn.Linear:
+        if plain and type(layer) is torch.nn.Linear:
             layer.forward = packed_linear(layer.weight, layer.bias)
             # The other layout goes; embeddings that share it keep it.
             layer.weight = torch.nn.Parameter(
